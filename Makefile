@@ -1,0 +1,87 @@
+# Everything a clean clone needs; `make` alone lists it.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+# Runs measure their own time and use every core: one after the other, also under `make -j`.
+.NOTPARALLEL:
+
+# PYTHON makes .venv; an existing .venv keeps the Python it has until another one is named.
+PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
+VENV = .venv
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install -c constraints.txt -e '.[dev,minilm]'
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := true
+# Spares every kernel start a warning about frozen modules.
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+STRATEGIES := retrain fine-tune new-only hybrid
+DEMO := $(STRATEGIES:%=runs/demo/%/summary.json)
+
+.PHONY: help setup demo test lib check lab clean own-environment
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "make setup PYTHON=python3.12   chooses the Python of .venv"
+	@echo "make test VENV=/path/to/env    uses an environment of yours instead, as it is"
+
+# The stamp's name holds a hash of what the installation depends on, so that `git checkout`, which
+# touches files without changing them, does not install anew, and a real change does.
+ifeq ($(origin VENV),file)
+READY := $(VENV)/.ready-$(shell { cat settings.ini setup.py constraints.txt; $(PYTHON) -V || :; } 2>&1 | cksum | cut -d ' ' -f 1)
+else
+READY := own-environment
+endif
+
+setup: $(READY) ## make .venv and install the tested versions of everything into it
+	@echo "Ready: $(BIN)"
+
+$(VENV)/.ready-%:
+	@$(PYTHON) -c 'import sys; sys.exit("deltaf1_al needs Python 3.10 or newer: make setup PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	@[ -x $(BIN)/pip ] && [ "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" ] \
+	|| $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+	$(INSTALL)
+	@rm -f $(VENV)/.ready-*; touch $@
+
+own-environment:
+	@$(BIN)/python -I -c 'import os, sys, deltaf1_al, nbdev, papermill; sys.exit(not os.path.samefile(deltaf1_al.__path__[0], "deltaf1_al"))' 2>/dev/null \
+	|| { echo "$(VENV) lacks this checkout or its tools. To install them: $(INSTALL)"; exit 1; }
+
+demo: $(DEMO) ## compare the four strategies on real text, offline, in a few minutes
+	@$(BIN)/python nbs/compare.py runs/demo   # PLACEHOLDER: the comparison table and figure
+
+# Order-only: a finished run stays finished. `make clean` lets it run again.
+$(DEMO): runs/demo/%/summary.json: | $(READY)
+	@mkdir -p $(@D)
+	$(BIN)/papermill nbs/run_experiment.ipynb $(@D)/run.ipynb -k python3 --no-progress-bar --log-output \
+	  -f nbs/demo.yml -r strategy $* -r out_dir $(@D)
+
+test: | $(READY) ## run the tests: every notebook, then the whole program from outside
+	@$(BIN)/pytest -q tests
+
+lib: | $(READY) ## write deltaf1_al/ from the notebooks, then clean the notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+check: | $(READY) ## before a commit: notebooks clean, modules in step with them, nothing untracked
+	@old=$$(mktemp -d); trap 'rm -rf "$$old"' EXIT; cp -R nbs deltaf1_al "$$old"; bad=0; \
+	fail() { bad=1; echo "make check: $$1"; }; \
+	$(BIN)/nbdev_clean; \
+	diff -rq "$$old/nbs" nbs || fail "the notebooks above were not clean; they are now, commit them."; \
+	$(BIN)/nbdev_export; \
+	diff -rq "$$old/deltaf1_al" deltaf1_al || fail "the modules above were not what the notebooks say; they are now, commit them."; \
+	new=$$(git ls-files --others --exclude-standard); \
+	[ -z "$$new" ] || { echo "$$new"; fail "the files above are untracked; add them, or name them in .gitignore."; }; \
+	[ $$bad = 0 ] && echo "make check: notebooks clean, modules in step, nothing untracked."
+
+lab: | $(READY) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter-lab nbs
+
+clean: ## remove caches, build products and the demo's runs; keeps .venv and all other runs
+	@echo "Removed:"
+	@find . \( -path ./.git -o -path ./.venv \) -prune -o \( -name __pycache__ -o -name .pytest_cache -o -name .hypothesis \
+	  -o -name .ipynb_checkpoints -o -path ./build -o -path ./dist -o -path ./_proc -o -path ./_docs -o -path ./runs/demo \) \
+	  -prune -print -exec rm -rf {} +

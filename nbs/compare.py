@@ -1,0 +1,13 @@
+"""The end of `make demo`: the comparison table and its figure, from the runs below a folder."""
+import sys
+from pathlib import Path
+
+from deltaf1_al.analysis import compare, format_comparison, load_runs
+from deltaf1_al.figures import learning_curves, save_figure, style
+
+folder = Path(sys.argv[1])
+runs = load_runs(folder)
+with style("screen"):
+    figure = save_figure(learning_curves(runs), folder / "learning_curves.png")
+print(format_comparison(compare(runs)))
+print(f"Figure: {figure}")

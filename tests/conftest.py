@@ -1,0 +1,54 @@
+"""The whole program from outside. What a notebook can show stands in the notebook."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {  # a run of a second or two once the kernel is up
+    "n_initial": 8, "n_query": 8, "n_rounds": 2, "n_val": 40, "n_test": 60, "pool_size": 200, "candidate_size": 50,
+    "max_length": 16, "max_epochs": 3, "min_steps": 2, "device": "cpu", "precision": "fp32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def folders(tmp_path_factory):
+    "Caches and runs of the tests stay out of the user's."
+    base = tmp_path_factory.mktemp("deltaf1_al")
+    os.environ.update(DELTAF1_AL_CACHE=str(base / "cache"), DELTAF1_AL_RUNS=str(base / "runs"), PYDEVD_DISABLE_FILE_VALIDATION="1")
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory):
+    "A one-layer DistilBERT of random weights, laid out as a hub snapshot."
+    from deltaf1_al.corpus import docstrings
+    from deltaf1_al.encoder import write_random_encoder
+
+    return str(write_random_encoder(tmp_path_factory.mktemp("encoder"), docstrings().texts[:2000]))
+
+
+@pytest.fixture
+def papermill(tmp_path, tiny_encoder):
+    "Run the experiment notebook with papermill in a process of its own: the finished process, and the run's folder."
+
+    def start(wait=True, notebook="nbs/run_experiment.ipynb", **parameters):
+        given = {**TINY, "encoder": tiny_encoder, "out_dir": str(tmp_path / "run"), **parameters}
+        given = {name: value for name, value in given.items() if value is not None}
+        command = [sys.executable, "-m", "papermill", notebook, str(tmp_path / "run.ipynb"), "-k", "python3", "--no-progress-bar"]
+        process = subprocess.Popen(
+            [*command, "--log-output", "-y", json.dumps(given)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        if wait:
+            process.output, _ = process.communicate(timeout=600)
+        return process, Path(given["out_dir"])
+
+    return start
+
+
+def rounds_of(folder):
+    "The records of a run; every line must be whole."
+    path = Path(folder) / "rounds.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

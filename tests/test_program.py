@@ -1,0 +1,111 @@
+"""A run by papermill, its files, and the counts that have to hold."""
+import json
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, TINY, rounds_of
+
+from deltaf1_al.config import resolve
+from deltaf1_al.corpus import docstrings, load_corpus
+from deltaf1_al.loop import ActiveLearner, simulate
+
+FIELDS = """round plan n_labeled n_trained val_macro_f1 test_macro_f1 delta_f1 below_epsilon switched train_steps train_examples train_tokens
+train_padded_tokens train_flops score_tokens score_flops seconds""".split()
+
+
+def without_seconds(rounds):
+    return [{name: value for name, value in r.items() if name != "seconds"} for r in rounds]
+
+
+def test_a_run_leaves_its_files_and_repeats_to_the_byte(papermill, tmp_path):
+    first, folder = papermill()
+    assert first.returncode == 0, first.output
+    assert {p.name for p in folder.iterdir()} == {"config.json", "rounds.jsonl", "summary.json", "learning_curve.png"}
+    rounds, summary = rounds_of(folder), json.loads((folder / "summary.json").read_text())
+    assert len(rounds) == summary["rounds"] == 3 and set(FIELDS) <= set(rounds[0])
+    assert first.output.count("done") >= 1, "the terminal shows the rounds"
+    second, folder = papermill(out_dir=str(tmp_path / "again"))
+    assert without_seconds(rounds_of(folder)) == without_seconds(rounds)
+    notebook = json.loads((tmp_path / "run.ipynb").read_text())
+    assert (tmp_path / "run.ipynb").stat().st_size < 500_000 and notebook["metadata"]["papermill"]["exception"] is None
+
+
+def test_own_files_single_and_multi_label(papermill, tmp_path):
+    data = docstrings()
+    chosen = np.arange(0, len(data.texts), 16)
+    table = pd.DataFrame({"body": [data.texts[i] for i in chosen], "package": [data.label_names[data.labels[i]] for i in chosen]})
+    table = table.assign(long=[int(len(t) > 100) for t in table.body], the=[int(" the " in t) for t in table.body])
+    for suffix, labels in (("csv", "package"), ("jsonl", "long,the")):
+        path = tmp_path / f"mine.{suffix}"
+        table.to_csv(path, index=False) if suffix == "csv" else table.to_json(path, orient="records", lines=True)
+        process, folder = papermill(dataset=str(path), text_column="body", label_columns=labels, out_dir=str(tmp_path / suffix), strategy="new-only")
+        assert process.returncode == 0, process.output
+        assert ("test_micro_f1" in rounds_of(folder)[-1]) == (suffix == "jsonl")
+
+
+@pytest.mark.parametrize("notebook", ["nbs/eda/dataset_eda.ipynb", "nbs/eda/split_saver.ipynb"])
+def test_a_misspelt_parameter_stops_the_other_notebooks_too(notebook, tmp_path):
+    command = [sys.executable, "-m", "papermill", notebook, str(tmp_path / "out.ipynb"), "-k", "python3", "--no-progress-bar", "-p", "sead", "1"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode != 0 and "unknown parameter sead" in done.stdout + done.stderr
+
+
+def test_counts_of_a_run(tiny_encoder, monkeypatch):
+    "One load from disk; every text scored at most once a round; validation and test never trained on; every label trained on."
+    import deltaf1_al.loop as loop
+    import transformers
+
+    loads, scored, trained = [], [], []
+    load, score, train = transformers.AutoModelForSequenceClassification.from_pretrained, loop.score, loop.train
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: loads.append(a) or load(*a, **k))
+    monkeypatch.setattr(loop, "score", lambda e, t, rows, *a, **k: scored.append((len(learner.records), rows)) or score(e, t, rows, *a, **k))
+    monkeypatch.setattr(loop, "train", lambda e, t, rows, *a, **k: trained.append(rows) or train(e, t, rows, *a, **k))
+    config = resolve(**{**TINY, "dataset": "docstrings", "encoder": tiny_encoder, "strategy": "retrain", "candidate_size": 0})
+    corpus = load_corpus(config)
+    learner = ActiveLearner(config, corpus)
+    records = simulate(learner)
+    assert len(loads) == 1
+    for round in range(config.n_rounds + 1):
+        rows = np.concatenate([rows for r, rows in scored if r == round])
+        assert len(np.unique(rows)) == len(rows)
+    assert not set(np.concatenate(trained)) & (set(corpus.val) | set(corpus.test))
+    assert set(trained[-1]) == set(np.concatenate(learner.bought)) and len(trained[-1]) == config.n_labels
+    assert [r.train_examples for r in records] == [r.train_epochs * r.n_trained for r in records]
+    for r in records[1:]:
+        assert r.score_padded_tokens <= 1.10 * r.score_tokens and r.eval_padded_tokens <= 1.10 * r.eval_tokens
+
+
+MEMORY = """
+import resource, sys, time
+import numpy as np
+import deltaf1_al.loop
+from deltaf1_al.config import resolve
+from deltaf1_al.corpus import Texts, docstrings, draw_split
+from deltaf1_al.encoder import load_encoder
+from deltaf1_al.tokens import padding_ratio, scoring_batches, tokenize
+encoder = load_encoder(sys.argv[1], 4, 0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+base = docstrings()
+texts = [f"{base.texts[i % len(base.texts)]} {i}" for i in range(120_000)]
+data = Texts("large", texts, np.arange(120_000) % 4, ("a", "b", "c", "d"), 120_000)
+corpus = draw_split(data, resolve(dataset="docstrings", n_val=500, n_test=7600, pool_size=0))
+tokens = tokenize(corpus.texts, encoder.tokenizer, 128)
+bytes_ = tokens.ids.nbytes
+batches = scoring_batches(tokens.lengths[corpus.pool], 8192)
+print(len(tokens.ids), tokens.ids.nbytes, tokens.offsets.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before,
+      padding_ratio(tokens.lengths[corpus.pool], batches))
+"""
+
+
+def test_a_pool_of_120_000_texts(tiny_encoder, record_property):
+    done = subprocess.run([sys.executable, "-c", MEMORY, tiny_encoder], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    n_tokens, token_bytes, offset_bytes, peak_kb, padding = map(float, done.stdout.split())
+    record_property("data path, peak MB", peak_kb / 1024)
+    assert token_bytes <= 4 * n_tokens and offset_bytes == 8 * 120_001
+    assert padding <= 1.10
+    assert peak_kb <= 2**20, f"the data path took {peak_kb / 1024:.0f} MB"
