@@ -133,6 +133,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'deltaf1_al.loop.progress_header': ('loop.html#progress_header', 'deltaf1_al/loop.py'),
                                  'deltaf1_al.loop.progress_line': ('loop.html#progress_line', 'deltaf1_al/loop.py'),
                                  'deltaf1_al.loop.simulate': ('loop.html#simulate', 'deltaf1_al/loop.py'),
+                                 'deltaf1_al.loop.summarize': ('loop.html#summarize', 'deltaf1_al/loop.py'),
                                  'deltaf1_al.loop.tell': ('loop.html#tell', 'deltaf1_al/loop.py')},
             'deltaf1_al.metrics': { 'deltaf1_al.metrics._contributions': ('metrics.html#_contributions', 'deltaf1_al/metrics.py'),
                                     'deltaf1_al.metrics.decide': ('metrics.html#decide', 'deltaf1_al/metrics.py'),

@@ -138,13 +138,13 @@ def fingerprint(
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:16]
 
-
+# %% ../nbs/00_config.ipynb #9b334c36
 def project_root() -> Path:
     "The folder above this one that holds `settings.ini`, or the current folder when there is none."
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
 
-
+# %% ../nbs/00_config.ipynb #9234fc55
 def is_path(
     name: str,  # the parameter `dataset`
 ) -> bool:
@@ -220,7 +220,7 @@ def write_atomic(
         raise UserError(f"{path} could not be written ({e.strerror}); make room there or choose another folder") from e
     return path
 
-
+# %% ../nbs/00_config.ipynb #1e5edffc
 def cache_dir() -> Path:
     "The folder for derived data that can be made again."
     return Path(os.environ.get("DELTAF1_AL_CACHE") or Path.home() / ".cache" / "deltaf1_al")

@@ -54,7 +54,7 @@ class Texts:
         labels = np.ascontiguousarray(self.labels, dtype="<i8").tobytes()
         return fingerprint("\0".join(self.label_names), "\0".join(self.texts), labels, str(self.n_train))
 
-
+# %% ../nbs/01_corpus.ipynb #b8ce2332
 @dataclass(frozen=True)
 class Corpus(Texts):
     "A data set and its split: ids of the pool, the validation set and the test set, ascending and disjoint."
@@ -111,7 +111,7 @@ def _archive(
     inner = [_archive(data) for name, data in files.items() if name.endswith(".zip")]
     return {name: data for part in (files, *inner) for name, data in part.items() if not name.endswith(".zip")}
 
-
+# %% ../nbs/01_corpus.ipynb #227bbb06
 def read_folder(
     folder: Path,  # holds train.* and perhaps test.*, or a zip file with them; or that zip file
 ) -> dict[str, pd.DataFrame]:
@@ -139,7 +139,7 @@ def _column(table: pd.DataFrame, name: str, parameter: str) -> pd.Series:
         raise UserError(f"{parameter} {name!r} is empty in {missing.sum()} rows, the first is row {missing.argmax()}")
     return table[name]
 
-
+# %% ../nbs/01_corpus.ipynb #89ad0467
 def read_texts(
     table: pd.DataFrame,  # one row a text
     column: str,  # where the text stands
@@ -160,7 +160,7 @@ def _classes(values: pd.Series, names: tuple) -> tuple:
         return tuple(range(len(names)))
     return tuple(sorted(set(values), key=lambda v: (isinstance(v, str), v)))
 
-
+# %% ../nbs/01_corpus.ipynb #1bcb3c1a
 def _one_column(train: pd.Series, test: pd.Series | None, names: tuple) -> tuple[np.ndarray, tuple]:
     "Class numbers of train and test rows, and the names of the classes."
     classes = _classes(train, names)
@@ -186,7 +186,7 @@ def _many_columns(tables: list[pd.DataFrame], columns: list[str]) -> np.ndarray:
             raise UserError(f"label_columns: {column!r} holds {odd[0]!r}; allowed are 0 and 1")
     return labels.astype(np.int64)
 
-
+# %% ../nbs/01_corpus.ipynb #6a3a2fce
 def _list_column(tables: list[pd.DataFrame], column: str, names: tuple) -> tuple[np.ndarray, tuple]:
     "(n, n_labels) zeros and ones from a column of lists."
     rows = [list(v) for t in tables for v in _column(t, column, "label_columns")]
@@ -197,7 +197,7 @@ def _list_column(tables: list[pd.DataFrame], column: str, names: tuple) -> tuple
         labels[i, [number[v] for v in row]] = 1
     return labels, tuple(str(c) for c in (names or classes))
 
-
+# %% ../nbs/01_corpus.ipynb #b05568fc
 def read_labels(
     tables: list[pd.DataFrame],  # train, and test if there is one
     columns: list[str],  # one column of classes or lists, or several of zeros and ones
@@ -225,7 +225,7 @@ class Source:
     names: tuple[str, ...] = ()  # names of the class numbers
     files: dict | None = None  # the files to read, where the hub's own reader would take too many
 
-
+# %% ../nbs/01_corpus.ipynb #6b5d2895
 _TOXIC = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
 BENCHMARKS = {
     "ag_news": Source("fancyzhx/ag_news", "text", ("label",), ("World", "Sports", "Business", "Sci/Tech")),
@@ -244,7 +244,7 @@ def local_folder(
     folder = Path(root).expanduser() / name if root else None
     return folder if folder and folder.is_dir() else None
 
-
+# %% ../nbs/01_corpus.ipynb #92c73f87
 def _from_hub(source: Source, name: str) -> tuple[dict[str, pd.DataFrame], tuple]:
     "The train and test tables of a hub data set, and the names of its classes."
     import datasets  # slow to import, and needed only here
@@ -275,7 +275,7 @@ def docstring_prose(
     prose = _NAMES.sub("", re.sub(r"[`*]+", "", _SECTION.split(docstring)[0]))
     return re.sub(r"\s+", " ", prose).strip()
 
-
+# %% ../nbs/01_corpus.ipynb #345f2822
 def package_docstrings(
     package: str,  # importable name
 ) -> list[str]:
@@ -304,7 +304,7 @@ def text_key(
     "What is left of a text without case, spaces and punctuation; the text itself when that is nothing."
     return text.casefold().translate(_SILENT) or text
 
-
+# %% ../nbs/01_corpus.ipynb #19ff212a
 def docstrings(
     per_class: int = 2000,  # texts of each package, at most
 ) -> Texts:
@@ -329,7 +329,7 @@ def _kaggle_test(tables: dict[str, pd.DataFrame], labels: tuple) -> dict[str, pd
         del tables["test"]
     return tables
 
-
+# %% ../nbs/01_corpus.ipynb #64dfb445
 def load_texts(
     config: RunConfig,  # `dataset`, `text_column` and `label_columns` are read
 ) -> Texts:
@@ -365,7 +365,7 @@ def strata(
     ranked = labels[:, by_rarity]
     return np.where(ranked.any(1), by_rarity[ranked.argmax(1)], -1)
 
-
+# %% ../nbs/01_corpus.ipynb #0e8c8dec
 def hold_out(
     ids: np.ndarray,  # (n,) the ids to choose from
     stratum: np.ndarray,  # (n,) the stratum of each
@@ -421,7 +421,7 @@ def save_split(
     parts = {part: getattr(corpus, part).tolist() for part in ("pool", "val", "test")}
     return write_atomic(path, json.dumps({"dataset": corpus.name, "fingerprint": corpus.fingerprint, **parts}))
 
-
+# %% ../nbs/01_corpus.ipynb #bd27e15e
 def load_split(
     data: Texts,
     path: Path,  # as `save_split` wrote it
@@ -439,7 +439,7 @@ def load_split(
         raise UserError(f"split {str(path)!r} names an id twice or one that the data does not have; draw it anew with split_saver")
     return Corpus(**vars(data), **{part: np.sort(part_ids) for part, part_ids in ids.items()})
 
-
+# %% ../nbs/01_corpus.ipynb #c690df7b
 def load_corpus(
     config: RunConfig,
 ) -> Corpus:

@@ -28,7 +28,7 @@ def native_bf16(
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
-
+# %% ../nbs/03_encoder.ipynb #05a0525c
 def hardware(
     device: str,  # auto, cpu or cuda
     precision: str,  # auto, bf16 or fp32
@@ -61,7 +61,7 @@ class Flops:
     ) -> int:
         return n_texts * (self.text + self.token * length + self.square * length * length)
 
-
+# %% ../nbs/03_encoder.ipynb #25842fc3
 def forward_flops(
     model: torch.nn.Module,  # a transformers model for sequence classification
 ) -> Flops:

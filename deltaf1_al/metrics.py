@@ -28,7 +28,7 @@ def tune_thresholds(
         thresholds[label] = (ranked[best] + below) / 2
     return thresholds
 
-
+# %% ../nbs/06_metrics.ipynb #f815a988
 def decide(
     probs: np.ndarray,  # (n, n_labels)
     thresholds: np.ndarray | None = None,  # (n_labels,) for multi-label data; None takes the most probable class
@@ -45,7 +45,7 @@ def macro_f1(
     "Mean F1 over labels, 0 to 1; a label that is neither there nor predicted counts 0."
     return float(f1_score(truth, decided, labels=np.arange(n_labels), average="macro", zero_division=0))
 
-
+# %% ../nbs/06_metrics.ipynb #6cac98c4
 def report(
     probs: np.ndarray,  # (n, n_labels)
     truth: np.ndarray,  # (n,) or (n, n_labels)
@@ -68,7 +68,7 @@ def _contributions(truth: np.ndarray, decided: np.ndarray, n_labels: int) -> np.
     t, d = (v if v.ndim == 2 else np.eye(n_labels)[v] for v in (truth, decided))
     return np.stack([t * d, (t + d) / 2])
 
-
+# %% ../nbs/06_metrics.ipynb #3d7676d6
 def delta_f1_interval(
     truth: np.ndarray,  # (n,) or (n, n_labels)
     before: np.ndarray,  # decisions of the earlier round

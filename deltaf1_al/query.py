@@ -24,7 +24,7 @@ def least_confidence(
         return 1 - np.maximum(probs, 1 - probs).min(1)
     return 1 - probs.max(1)
 
-
+# %% ../nbs/07_query.ipynb #0670d579
 def margin(
     probs: np.ndarray,  # (n, n_labels)
     multilabel: bool,
@@ -35,7 +35,7 @@ def margin(
     second, first = np.partition(probs, -2, axis=1)[:, -2:].T
     return 1 - (first - second)
 
-
+# %% ../nbs/07_query.ipynb #6e6ee598
 def entropy(
     probs: np.ndarray,  # (n, n_labels)
     multilabel: bool,
@@ -53,7 +53,7 @@ class Query:
     name: str
     uncertainty: Callable | None  # probabilities, multilabel -> (n,); None asks at random and needs no scoring
 
-
+# %% ../nbs/07_query.ipynb #8fbf8d4a
 QUERIES = {
     "random": Query("random", None),
     "least-confidence": Query("least-confidence", least_confidence),

@@ -24,7 +24,7 @@ class Scores:
     embeddings: np.ndarray | None  # (n, width) float32, when asked for
     work: Work
 
-
+# %% ../nbs/05_scoring.ipynb #967cd6f5
 @torch.inference_mode()
 def score(
     encoder: Encoder,

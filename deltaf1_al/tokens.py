@@ -61,7 +61,7 @@ def tokenize(
         write_atomic(path, save(kept))
     return Tokens(**kept, pad_id=tokenizer.pad_token_id or 0)
 
-
+# %% ../nbs/02_tokens.ipynb #8929211e
 def _encoded(backend, texts: list[str], chunk: int) -> tuple[np.ndarray, np.ndarray]:
     "Flat token ids and the length of each text; a chunk's Python lists are gone before the next one is made."
     flat, lengths = [], []
@@ -85,7 +85,7 @@ def scoring_batches(
         start += rows
     return batches
 
-
+# %% ../nbs/02_tokens.ipynb #28213349
 def padding_ratio(
     lengths: np.ndarray,  # (n,) tokens of each text
     batches: list[np.ndarray],  # positions, batch by batch

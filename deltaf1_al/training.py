@@ -42,7 +42,7 @@ class Work:
         self.padded_tokens += len(lengths) * int(lengths.max())
         self.flops += passes * flops(len(lengths), int(lengths.max()))
 
-
+# %% ../nbs/04_training.ipynb #e59db25b
 class Clock:
     "Wall seconds by phase."
 
@@ -73,7 +73,7 @@ def stop_reason(
         return "target_loss"
     return "max_epochs" if len(losses) >= config.max_epochs else None
 
-
+# %% ../nbs/04_training.ipynb #479017f9
 def planned_steps(
     steps_per_epoch: int,
     config: RunConfig,  # `max_epochs` and `min_steps` are read
@@ -151,7 +151,7 @@ def train(
     encoder.model.eval()
     return done
 
-
+# %% ../nbs/04_training.ipynb #b9d4db1d
 def _step(encoder: Encoder, batch: tuple, targets: torch.Tensor, optimizer, max_grad_norm: float) -> torch.Tensor:
     "One optimiser step; the batch's mean loss, still on the device."
     ids, mask = (torch.from_numpy(part).to(encoder.device, non_blocking=True) for part in batch)
