@@ -51,7 +51,7 @@ own-environment:
 	|| { echo "$(VENV) lacks this checkout or its tools. To install them: $(INSTALL)"; exit 1; }
 
 demo: $(DEMO) ## compare the four strategies on real text, offline, in a few minutes
-	@$(BIN)/python nbs/compare.py runs/demo   # PLACEHOLDER: the comparison table and figure
+	@$(BIN)/python nbs/compare.py runs/demo
 
 # Order-only: a finished run stays finished. `make clean` lets it run again.
 $(DEMO): runs/demo/%/summary.json: | $(READY)

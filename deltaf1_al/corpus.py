@@ -7,7 +7,7 @@ __all__ = ['BENCHMARKS', 'PACKAGES', 'Texts', 'Corpus', 'read_table', 'read_fold
            'local_folder', 'docstring_prose', 'package_docstrings', 'text_key', 'docstrings', 'load_texts', 'strata',
            'hold_out', 'draw_split', 'save_split', 'load_split', 'load_corpus']
 
-# %% ../nbs/01_corpus.ipynb #a9fda0b7
+# %% ../nbs/01_corpus.ipynb #eac9bbfd
 import ast
 import importlib.metadata
 import importlib.util
@@ -15,6 +15,8 @@ import io
 import json
 import os
 import re
+import unicodedata
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +48,7 @@ class Texts:
     ) -> np.ndarray:
         "(n_labels,) how many of these texts carry each label."
         labels = self.labels[ids]
-        return labels.sum(0) if self.multilabel else np.bincount(labels, minlength=len(self.label_names))
+        return (labels == 1).sum(0) if self.multilabel else np.bincount(labels[labels >= 0], minlength=len(self.label_names))
 
     @property
     def fingerprint(self) -> str:
@@ -69,7 +71,8 @@ class Corpus(Texts):
         return fingerprint(*(np.ascontiguousarray(ids, dtype="<i8").tobytes() for ids in (self.pool, self.val, self.test)))
 
 # %% ../nbs/01_corpus.ipynb #b5f47257
-_AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}  # a text may say "NA" or "null"
+# A text may say "NA" or "null"; a row with more fields than the header must not shift into an index.
+_AS_WRITTEN = {"keep_default_na": False, "na_values": [""], "index_col": False}
 _READERS = {
     ".parquet": pd.read_parquet,
     ".csv": lambda f: pd.read_csv(f, **_AS_WRITTEN),
@@ -90,12 +93,14 @@ def read_table(
         raise UserError(f"dataset file {path.name} has the suffix {path.suffix!r}; allowed are {listed(_READERS)}")
     try:
         content = path.read_bytes() if content is None else content
-        table = reader(io.BytesIO(content)) if content.strip() else pd.DataFrame()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # what pandas warns of is lost data
+            table = reader(io.BytesIO(content)) if content.strip() else pd.DataFrame()
     except FileNotFoundError as e:
         raise UserError(f"dataset file {path} does not exist") from e
     except UnicodeDecodeError as e:
         raise UserError(f"dataset file {path} is not UTF-8 (byte {e.start}); save it as UTF-8") from e
-    except (ValueError, OSError) as e:  # parser errors of pandas and pyarrow are ValueErrors
+    except (ValueError, OSError, pd.errors.ParserWarning) as e:  # parser errors of pandas and pyarrow are ValueErrors
         raise UserError(f"dataset file {path} cannot be read as {path.suffix}: {str(e).splitlines()[0]}") from e
     if not len(table):
         raise UserError(f"dataset file {path} holds no rows")
@@ -122,8 +127,8 @@ def read_folder(
             found |= {Path(name).stem: (archive / name, data) for name, data in _archive(archive).items()}
         except FileNotFoundError as e:
             raise UserError(f"dataset file {archive} does not exist") from e
-        except zipfile.BadZipFile as e:
-            raise UserError(f"dataset file {archive} is not a zip file") from e
+        except Exception as e:  # damaged, encrypted or no zip file at all: zipfile and zlib raise what they like
+            raise UserError(f"dataset file {archive} cannot be read as a zip file ({type(e).__name__})") from e
     found |= {p.stem: (p, None) for suffix in reversed(_READERS) for p in sorted(folder.glob(f"*{suffix}"))}
     if "train" not in found:
         raise UserError(f"dataset folder {folder} holds no train file; allowed are train{{{listed(_READERS)}}} or a zip file with one")
@@ -151,38 +156,60 @@ def read_texts(
             raise UserError(f"text_column {column!r} holds {type(text).__name__} ({text!r}) in row {row}; allowed is text")
         if not text.strip():
             raise UserError(f"text_column {column!r} holds an empty text in row {row}")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"text_column {column!r} holds half of a character pair ({e.object[e.start]!r}); save the file as UTF-8") from e
     return texts
 
-# %% ../nbs/01_corpus.ipynb #4bd6c1a1
-def _classes(values: pd.Series, names: tuple) -> tuple:
-    "The distinct labels of a column, sorted: class names as given, else its values."
-    if names and pd.api.types.is_integer_dtype(values):
-        return tuple(range(len(names)))
-    return tuple(sorted(set(values), key=lambda v: (isinstance(v, str), v)))
+# %% ../nbs/01_corpus.ipynb #5fb1ef30
+def _kind(value) -> str:
+    "What a label is: a name, a number or a list; anything else by its type."
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return "list"
+    whole = isinstance(value, (bool, int, np.integer, np.bool_)) or (isinstance(value, float) and value.is_integer())
+    return "name" if isinstance(value, str) else "number" if whole else type(value).__name__
 
-# %% ../nbs/01_corpus.ipynb #1bcb3c1a
-def _one_column(train: pd.Series, test: pd.Series | None, names: tuple) -> tuple[np.ndarray, tuple]:
+
+def _same_kind(values: list, column: str) -> str:
+    "The kind all labels of a column share; `UserError` when they do not, or are neither names, numbers nor lists."
+    kinds = {_kind(v): v for v in values}
+    if len(kinds) > 1 or not set(kinds) <= {"name", "number", "list"}:
+        odd = next((v for kind, v in kinds.items() if kind not in ("name", "number", "list")), list(kinds.values())[-1])
+        raise UserError(f"label_columns: {column!r} holds {odd!r}; allowed are names, whole numbers or lists of them, the same in every row")
+    return next(iter(kinds))
+
+# %% ../nbs/01_corpus.ipynb #71e185cd
+def _classes(values: list, kind: str, names: tuple) -> tuple[tuple, tuple]:
+    "The distinct labels of the training rows, in order, and what they are called."
+    if names and kind == "number":
+        return tuple(range(len(names))), names
+    if names and set(values) <= set(names):
+        return names, names
+    classes = tuple(sorted(set(values)))
+    return classes, tuple(str(c) for c in classes)
+
+# %% ../nbs/01_corpus.ipynb #920bbe56
+def _one_column(columns: list[pd.Series], kind: str, names: tuple) -> tuple[np.ndarray, tuple]:
     "Class numbers of train and test rows, and the names of the classes."
-    classes = _classes(train, names)
-    for split, values in (("train", train), ("test", test)):
-        if values is None:
-            continue
-        if odd := sorted(set(values) - set(classes), key=str):
+    parts = [column.tolist() for column in columns]
+    classes, names = _classes(parts[0], kind, names)
+    for split, values in zip(("train", "test"), map(set, parts)):
+        if odd := sorted(values - set(classes), key=str):
             raise UserError(f"label_columns: the {split} split holds the label {odd[0]!r}; allowed are {listed(classes)}, as in train")
-        if gone := [names[i] if names else c for i, c in enumerate(classes) if c not in set(values)]:
+        if gone := [name for c, name in zip(classes, names) if c not in values]:
             raise UserError(f"label_columns: no text of the {split} split has the label {gone[0]!r}; macro-F1 needs every label in both splits")
     if len(classes) < 2:
         raise UserError(f"label_columns: every text has the label {classes[0]!r}; allowed are two classes or more")
     number = {c: i for i, c in enumerate(classes)}
-    labels = np.array([number[v] for part in (train, test) if part is not None for v in part])
-    return labels, tuple(str(c) for c in (names or classes))
+    return np.array([number[v] for values in parts for v in values]), names
 
 # %% ../nbs/01_corpus.ipynb #ed78e271
 def _many_columns(tables: list[pd.DataFrame], columns: list[str]) -> np.ndarray:
     "(n, n_labels) zeros and ones from a column for each label."
     labels = np.stack([np.concatenate([_column(t, c, "label_columns").to_numpy() for t in tables]) for c in columns], axis=1)
     for column, values in zip(columns, labels.T):
-        if odd := [v for v in pd.unique(values).tolist() if v not in (0, 1)]:
+        if odd := [v for v in values.tolist() if isinstance(v, (list, dict)) or v not in (0, 1)]:
             raise UserError(f"label_columns: {column!r} holds {odd[0]!r}; allowed are 0 and 1")
     return labels.astype(np.int64)
 
@@ -190,12 +217,17 @@ def _many_columns(tables: list[pd.DataFrame], columns: list[str]) -> np.ndarray:
 def _list_column(tables: list[pd.DataFrame], column: str, names: tuple) -> tuple[np.ndarray, tuple]:
     "(n, n_labels) zeros and ones from a column of lists."
     rows = [list(v) for t in tables for v in _column(t, column, "label_columns")]
-    classes = tuple(range(len(names))) if names else tuple(sorted({v for row in rows for v in row}))
+    every = [v for row in rows for v in row]
+    if not every or _same_kind(every, column) == "list":
+        raise UserError(f"label_columns: {column!r} holds lists without a name or a number; allowed are lists of labels")
+    classes, names = _classes(every, _same_kind(every, column), names)
+    if odd := sorted(set(every) - set(classes)):
+        raise UserError(f"label_columns: {column!r} holds the label {odd[0]!r}; allowed are {listed(classes)}")
     number = {c: i for i, c in enumerate(classes)}
     labels = np.zeros((len(rows), len(classes)), dtype=np.int64)
     for i, row in enumerate(rows):
         labels[i, [number[v] for v in row]] = 1
-    return labels, tuple(str(c) for c in (names or classes))
+    return labels, names
 
 # %% ../nbs/01_corpus.ipynb #b05568fc
 def read_labels(
@@ -204,9 +236,11 @@ def read_labels(
     names: tuple = (),  # names for class numbers, where the data set has them
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     "Labels of all rows, (n,) or (n, n_labels), and their names; `UserError` for labels nothing can be learnt from."
+    if len(set(columns)) < len(columns):
+        raise UserError(f"label_columns is {','.join(columns)!r}; a column may be named once")
     first = [_column(t, columns[0], "label_columns") for t in tables]
-    if len(columns) == 1 and not isinstance(first[0].iloc[0], (list, tuple, np.ndarray)):
-        return _one_column(*first, *([None] * (2 - len(first))), names)
+    if len(columns) == 1 and (kind := _same_kind([v for part in first for v in part], columns[0])) != "list":
+        return _one_column(first, kind, names)
     labels, names = _list_column(tables, columns[0], names) if len(columns) == 1 else (_many_columns(tables, columns), tuple(columns))
     for split, part in zip(("train", "test"), np.split(labels, [len(tables[0])])):
         for name, values in zip(names, part.T):
@@ -252,10 +286,8 @@ def _from_hub(source: Source, name: str) -> tuple[dict[str, pd.DataFrame], tuple
     try:
         splits = datasets.load_dataset(source.hub, data_files=source.files)
     except Exception as e:  # the hub's client raises many kinds; the user needs to know one thing
-        raise UserError(
-            f"dataset {name!r} could not be loaded from the hub ({type(e).__name__}); without a network, "
-            f"set DELTAF1_AL_DATA to a folder that holds {name}/train.parquet, or give a file"
-        ) from e
+        local = f"set DELTAF1_AL_DATA to a folder that holds {name}/train.parquet" if name in BENCHMARKS else "give a file or a folder"
+        raise UserError(f"dataset {name!r} could not be loaded from the hub ({type(e).__name__}); without a network, {local}") from e
     if "train" not in splits:
         raise UserError(f"dataset {name!r} has the splits {listed(splits)}; a split named train is needed")
     feature = splits["train"].features.get(source.labels[0])
@@ -295,14 +327,14 @@ def package_docstrings(
     return list(kept.values())
 
 # %% ../nbs/01_corpus.ipynb #6f0682a5
-_SILENT = {c: None for c in range(0x3100) if not chr(c).isalnum()}  # spaces, punctuation, symbols of the scripts in use
+_SILENT = {c: None for c in range(0x3100) if unicodedata.category(chr(c))[0] not in "LNM"}  # all but letters, digits and their marks
 
 
 def text_key(
     text: str,
 ) -> str:
     "What is left of a text without case, spaces and punctuation; the text itself when that is nothing."
-    return text.casefold().translate(_SILENT) or text
+    return unicodedata.normalize("NFKC", text).casefold().translate(_SILENT) or text
 
 # %% ../nbs/01_corpus.ipynb #19ff212a
 def docstrings(
@@ -399,10 +431,14 @@ def draw_split(
     has_test = data.n_train < len(every)
     test = every[data.n_train :] if has_test else every
     n_test = config.n_test or (len(test) if has_test else len(test) // 5)
+    if n_test > len(test) - (not has_test):
+        raise UserError(f"n_test is {n_test}; allowed is at most {len(test) - (not has_test)}, the texts of {data.name} that can be tested on")
     if n_test < len(test):
         test = hold_out(test, stratum[test], keys[test], n_test, stream(0, "test"))
     train = every[: data.n_train]
     train = train[~np.isin(keys[train], keys[test])]
+    if config.n_val >= len(train):
+        raise UserError(f"n_val is {config.n_val}; allowed is less than {len(train)}, the texts of {data.name} that are not in its test set")
     val = hold_out(train, stratum[train], keys[train], config.n_val, stream(config.seed, "validation"))
     pool = train[~np.isin(keys[train], keys[val])]
     if config.pool_size > len(pool) or config.n_labels > (config.pool_size or len(pool)):
@@ -410,7 +446,12 @@ def draw_split(
         raise UserError(f"{asked}; allowed is at most {len(pool)}, the texts of {data.name} outside its validation ({len(val)}) and test set ({len(test)})")
     if 0 < config.pool_size < len(pool):
         pool = hold_out(pool, stratum[pool], np.arange(len(pool)), config.pool_size, stream(config.seed, "pool"))
-    return Corpus(**vars(data), pool=pool, val=val, test=test)
+    corpus = Corpus(**vars(data), pool=pool, val=val, test=test)
+    for parameter, ids in (("n_val", val), ("n_test", test)):
+        if len(gone := np.flatnonzero(corpus.label_counts(ids) == 0)):
+            name = data.label_names[gone[0]]
+            raise UserError(f"{parameter}: none of these {len(ids)} texts has the label {name!r}; take more of them, or give more texts of that label")
+    return corpus
 
 # %% ../nbs/01_corpus.ipynb #7bdd498e
 def save_split(
@@ -434,9 +475,10 @@ def load_split(
         raise UserError(f"split is {str(path)!r}, which is not a file that split_saver wrote ({type(e).__name__})") from e
     if drawn_from != data.fingerprint:
         raise UserError(f"split {str(path)!r} was drawn from other data (fingerprint {drawn_from}, here {data.fingerprint})")
-    every = np.concatenate(list(ids.values()))
-    if len(np.unique(every)) < len(every) or every.min() < 0 or every.max() >= len(data.texts):
-        raise UserError(f"split {str(path)!r} names an id twice or one that the data does not have; draw it anew with split_saver")
+    every, trained = np.concatenate(list(ids.values())), np.concatenate([ids["pool"], ids["val"]])
+    known = np.isin(every, np.arange(len(data.texts))).all() and (trained < data.n_train).all()
+    if len(np.unique(every)) < len(every) or not known or not len(ids["pool"]) or not len(ids["val"]):
+        raise UserError(f"split {str(path)!r} is empty, names an id twice or one that the data does not have there; draw it anew with split_saver")
     return Corpus(**vars(data), **{part: np.sort(part_ids) for part, part_ids in ids.items()})
 
 # %% ../nbs/01_corpus.ipynb #c690df7b

@@ -65,19 +65,22 @@ class Flops:
 def forward_flops(
     model: torch.nn.Module,  # a transformers model for sequence classification
 ) -> Flops:
-    "Its `Flops`, from PyTorch's count at three lengths; exact, since the count is a polynomial of degree two."
+    "Its `Flops`, from PyTorch's count at three lengths, checked at a fourth; `UserError` for another kind of attention."
     training, device = model.training, next(model.parameters()).device
     model.eval()
     counts = []
-    for length in (8, 16, 24):
+    for length in (4, 8, 12, 16):
         ids = torch.ones(1, length, dtype=torch.long, device=device)
-        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
         counts.append(counter.get_total_flops())
     model.train(training)
-    square = (counts[2] - 2 * counts[1] + counts[0]) // (2 * 8 * 8)
-    token = (counts[1] - counts[0]) // 8 - 24 * square
-    return Flops(counts[0] - 8 * token - 64 * square, token, square)
+    square = (counts[2] - 2 * counts[1] + counts[0]) // (2 * 4 * 4)
+    token = (counts[1] - counts[0]) // 4 - 12 * square
+    flops = Flops(counts[0] - 4 * token - 16 * square, token, square)
+    if flops(1, 16) != counts[3]:
+        raise UserError("its cost is no polynomial of degree two in the length of a text, so that it could not be counted")
+    return flops
 
 # %% ../nbs/03_encoder.ipynb #87135862
 def encoder_path(
@@ -110,6 +113,10 @@ class Encoder:
         "Return to the first weights."
         self.model.load_state_dict(self.initial)
 
+    def state(self) -> dict[str, torch.Tensor]:
+        "A copy of the present weights."
+        return {name: w.detach().clone() for name, w in self.model.state_dict().items()}
+
     def autocast(self) -> torch.autocast:
         "The context in which forward passes run."
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -123,6 +130,19 @@ class Encoder:
     def fingerprint(self) -> str:
         "16 hex digits over the names, shapes and values of the first weights."
         return fingerprint(*(part for name, w in self.initial.items() for part in (f"{name}{tuple(w.shape)}", w.contiguous().numpy().tobytes())))
+
+# %% ../nbs/03_encoder.ipynb #9bd821e3
+def _check_loaded(model, tokenizer, loading: dict, max_length: int):
+    "`UserError` for weights that are not those of the body, a tokenizer of nothing, or too few positions."
+    body = [key for key in loading["missing_keys"] if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
+    wrong = body + [key for key, *_ in loading["mismatched_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+    if wrong:
+        raise UserError(f"its weights lack {wrong[0]} in the shape that config.json gives, and {len(wrong) - 1} more")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens) or tokenizer.pad_token_id is None:
+        raise UserError(f"its tokenizer has {len(tokenizer)} tokens and the padding token {tokenizer.pad_token}; words and a padding token are needed")
+    positions = min(getattr(model.config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
+    if max_length > positions:
+        raise UserError(f"max_length is {max_length}; allowed is at most {positions}")
 
 # %% ../nbs/03_encoder.ipynb #da09f47a
 def load_encoder(
@@ -140,20 +160,22 @@ def load_encoder(
     try:
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(seed, "head"))
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                path, num_labels=n_labels, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True
-            )
+            model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=n_labels, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        _check_loaded(model, tokenizer, loading, max_length)
+        flops = forward_flops(model)
+    except UserError as e:
+        raise UserError(f"encoder {name!r}: {e}") from e
     except Exception as e:  # the hub's client and the config classes raise many kinds
         raise UserError(
-            f"encoder is {name!r}, which cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0]}); "
+            f"encoder is {name!r}, which cannot be used ({type(e).__name__}: {(str(e) or 'no reason given').splitlines()[0]}); "
             "allowed are minilm, a hub id, or a local folder with config.json, model.safetensors and tokenizer.json"
         ) from e
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and max_length > positions:
-        raise UserError(f"max_length is {max_length}; allowed is at most {positions}, the positions of encoder {name!r}")
     initial = {k: v.clone() for k, v in model.state_dict().items()}
-    return Encoder(model.to(device), tokenizer, initial, forward_flops(model), device, dtype)
+    return Encoder(model.to(device), tokenizer, initial, flops, device, dtype)
 
 # %% ../nbs/03_encoder.ipynb #1c8388d8
 def write_random_encoder(

@@ -19,7 +19,7 @@ import pandas as pd
 from sklearn.isotonic import isotonic_regression
 
 from .analysis import COMPARISON, PHASES, arm_order, arms, check_column, cut_to_common, switch_rounds, switches
-from .config import UserError, listed, write_atomic
+from .config import UserError, choose, listed, write_atomic
 
 # %% ../nbs/13_figures.ipynb #6e457697
 COMMON = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.9",
@@ -39,9 +39,7 @@ def style(
     name: str,  # `screen` or `print`
 ):
     "A context in which figures are drawn in the style `name`."
-    if name not in STYLES:
-        raise UserError(f"style is {name!r}; allowed are {listed(STYLES)}")
-    return mpl.rc_context(STYLES[name])
+    return mpl.rc_context(choose("style", name, STYLES))
 
 # %% ../nbs/13_figures.ipynb #97dfd762
 def new_figure(
@@ -309,9 +307,7 @@ def phase_costs(
 ) -> pd.DataFrame:  # one row an arm, one column a phase, in s or FLOP
     "What each arm spends on each phase up to the common number of labels, mean over seeds."
     one_comparison(runs)
-    if unit not in PHASE_COLUMNS:
-        raise UserError(f"unit is {unit!r}; allowed are {listed(PHASE_COLUMNS)}")
-    columns = PHASE_COLUMNS[unit]
+    columns = choose("unit", unit, PHASE_COLUMNS)
     cut = cut_to_common(runs.assign(arm=arms(runs)))
     costs = cut.groupby(["arm", "config_hash"])[list(columns.values())].sum().groupby("arm").mean()
     return costs.set_axis(list(columns), axis=1).loc[arm_order(costs.index)]

@@ -42,7 +42,7 @@ class Tokens:
 # %% ../nbs/02_tokens.ipynb #a53f8463
 def tokenize(
     texts: list[str],
-    tokenizer,  # a transformers tokenizer with a fast backend
+    tokenizer: object,  # a transformers tokenizer with a fast backend
     max_length: int,  # tokens a text is cut to, special tokens included
     chunk: int = 8192,  # texts tokenised at once; bounds the memory of the intermediate lists
 ) -> Tokens:
@@ -78,11 +78,13 @@ def scoring_batches(
 ) -> list[np.ndarray]:
     "Positions 0 to n − 1 in batches of similar length, longest first."
     order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
+    falling, batches, start = -lengths[order], [], 0
     while start < len(order):
-        rows = max(1, batch_tokens // int(lengths[order[start]]))
-        batches.append(order[start : start + rows])
-        start += rows
+        longest = -falling[start]
+        similar = np.searchsorted(falling, -longest / 1.1, side="right")  # the first text that would be padded too much
+        stop = min(similar, start + max(1, batch_tokens // longest))
+        batches.append(order[start:stop])
+        start = stop
     return batches
 
 # %% ../nbs/02_tokens.ipynb #28213349

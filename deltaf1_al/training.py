@@ -69,7 +69,7 @@ def stop_reason(
     "Why training ends after the last of these epochs: 'target_loss' or 'max_epochs'; None when it goes on."
     if len(losses) * steps_per_epoch < config.min_steps:
         return None
-    if losses[-1] <= config.target_loss:
+    if 0 < config.target_loss and losses[-1] <= config.target_loss:
         return "target_loss"
     return "max_epochs" if len(losses) >= config.max_epochs else None
 
