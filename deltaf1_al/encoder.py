@@ -188,6 +188,7 @@ def write_random_encoder(
     max_length: int = 512,  # positions
 ) -> Path:
     "Write a DistilBERT with random weights and a WordPiece tokenizer as a folder that `load_encoder` reads."
+    transformers.utils.logging.disable_progress_bar()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     word_piece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     word_piece.normalizer = normalizers.BertNormalizer(lowercase=True)

@@ -1,6 +1,5 @@
 """A run by papermill, its files, and the counts that have to hold."""
 import json
-import resource
 import subprocess
 import sys
 
@@ -64,7 +63,7 @@ def test_counts_of_a_run(tiny_encoder, monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: loads.append(a) or load(*a, **k))
     monkeypatch.setattr(loop, "score", lambda e, t, rows, *a, **k: scored.append((len(learner.records), rows)) or score(e, t, rows, *a, **k))
     monkeypatch.setattr(loop, "train", lambda e, t, rows, *a, **k: trained.append(rows) or train(e, t, rows, *a, **k))
-    config = resolve(**{**TINY, "dataset": "docstrings", "encoder": tiny_encoder, "strategy": "retrain", "candidate_size": 0})
+    config = resolve(**{**TINY, "dataset": "docstrings", "encoder": tiny_encoder, "strategy": "retrain", "candidate_size": 0, "max_length": 64})
     corpus = load_corpus(config)
     learner = ActiveLearner(config, corpus)
     records = simulate(learner)
