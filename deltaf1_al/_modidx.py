@@ -143,6 +143,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'deltaf1_al.loop.simulate': ('loop.html#simulate', 'deltaf1_al/loop.py'),
                                  'deltaf1_al.loop.tell': ('loop.html#tell', 'deltaf1_al/loop.py')},
             'deltaf1_al.metrics': { 'deltaf1_al.metrics._contributions': ('metrics.html#_contributions', 'deltaf1_al/metrics.py'),
+                                    'deltaf1_al.metrics._mean_f1': ('metrics.html#_mean_f1', 'deltaf1_al/metrics.py'),
                                     'deltaf1_al.metrics.decide': ('metrics.html#decide', 'deltaf1_al/metrics.py'),
                                     'deltaf1_al.metrics.delta_f1_interval': ('metrics.html#delta_f1_interval', 'deltaf1_al/metrics.py'),
                                     'deltaf1_al.metrics.macro_f1': ('metrics.html#macro_f1', 'deltaf1_al/metrics.py'),

@@ -218,9 +218,9 @@ def _list_column(tables: list[pd.DataFrame], column: str, names: tuple) -> tuple
     "(n, n_labels) zeros and ones from a column of lists."
     rows = [list(v) for t in tables for v in _column(t, column, "label_columns")]
     every = [v for row in rows for v in row]
-    if not every or _same_kind(every, column) == "list":
+    if not every or (kind := _same_kind(every, column)) == "list":
         raise UserError(f"label_columns: {column!r} holds lists without a name or a number; allowed are lists of labels")
-    classes, names = _classes(every, _same_kind(every, column), names)
+    classes, names = _classes(every, kind, names)
     if odd := sorted(set(every) - set(classes)):
         raise UserError(f"label_columns: {column!r} holds the label {odd[0]!r}; allowed are {listed(classes)}")
     number = {c: i for i, c in enumerate(classes)}

@@ -42,6 +42,11 @@ def _contributions(truth: np.ndarray, decided: np.ndarray, n_labels: int) -> np.
     t, d = (v if v.ndim == 2 else np.eye(n_labels)[v] for v in (truth, decided))
     return np.stack([t * d, (t + d) / 2])
 
+
+def _mean_f1(hits: np.ndarray, halves: np.ndarray) -> np.ndarray:
+    "Mean over the last axis of hits / halves, a label without either counting 0."
+    return np.divide(hits, halves, out=np.zeros(hits.shape), where=halves > 0).mean(-1)
+
 # %% ../nbs/06_metrics.ipynb #1015ac67
 def macro_f1(
     truth: np.ndarray,  # (n,) class numbers, or (n, n_labels) zeros and ones
@@ -50,7 +55,7 @@ def macro_f1(
 ) -> float:
     "Mean F1 over labels, 0 to 1; a label that is neither there nor predicted counts 0."
     hits, halves = _contributions(truth, decided, n_labels).sum(1)
-    return float(np.divide(hits, halves, out=np.zeros(n_labels), where=halves > 0).mean())
+    return float(_mean_f1(hits, halves))
 
 # %% ../nbs/06_metrics.ipynb #6cac98c4
 def report(
@@ -84,7 +89,7 @@ def delta_f1_interval(
     f1 = []
     for decided in (before, now):
         hits, halves = draws @ _contributions(truth, decided, n_labels)
-        f1.append(np.divide(hits, halves, out=np.zeros_like(hits), where=halves > 0).mean(-1))
+        f1.append(_mean_f1(hits, halves))
     tail = 100 * (1 - level) / 2
     low, high = np.percentile(f1[1] - f1[0], [tail, 100 - tail])
     return float(low), float(high)
