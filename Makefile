@@ -20,12 +20,13 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 STRATEGIES := retrain fine-tune new-only hybrid
 DEMO := $(STRATEGIES:%=runs/demo/%/summary.json)
 
-.PHONY: help setup demo test lib check lab clean own-environment
+.PHONY: help setup demo test lib check lab clean store-check store-gc own-environment
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "make setup PYTHON=python3.12   chooses the Python of .venv"
+	@echo "make store-gc YES=1            removes without asking; DELTAF1_AL_STORE names another store than store/"
 	@echo "make test VENV=/path/to/env    uses an environment of yours instead, as it is"
 
 # The stamp's name holds a hash of what the installation depends on, so that `git checkout`, which
@@ -77,10 +78,16 @@ check: | $(READY) ## before a commit: notebooks clean, modules in step with them
 	[ -z "$$new" ] || { echo "$$new"; fail "the files above are untracked; add them, or name them in .gitignore."; }; \
 	[ $$bad = 0 ] && echo "make check: notebooks clean, modules in step, nothing untracked."
 
+store-check: | $(READY) ## verify every finished round in the store
+	@$(BIN)/python -c 'from deltaf1_al.store import check_store; check_store()'
+
+store-gc: | $(READY) ## show what no run refers to any more, and remove it
+	@$(BIN)/python -c 'from deltaf1_al.store import collect_garbage; collect_garbage(yes="$(YES)" == "1")'
+
 lab: | $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter-lab nbs
 
-clean: ## remove caches, build products and the demo's runs; keeps .venv and all other runs
+clean: ## remove caches, build products and the demo's runs; keeps .venv, the store and all other runs
 	@echo "Removed:"
 	@find . \( -path ./.git -o -path ./.venv \) -prune -o \( -name __pycache__ -o -name .pytest_cache -o -name .hypothesis \
 	  -o -name .ipynb_checkpoints -o -path ./build -o -path ./dist -o -path ./_proc -o -path ./_docs -o -path ./runs/demo \) \

@@ -7,9 +7,11 @@ __all__ = ['ROUND_FIELDS', 'COSTS', 'PHASES', 'VARIED', 'RUN_COLUMNS', 'COMPARIS
            'add_costs', 'read_json', 'read_run', 'load_runs', 'switches', 'arms', 'arm_order', 'check_column',
            'first_to_reach', 'labels_to_reach', 'cost_to_reach', 'area', 'learning_curve_area', 'switch_rounds',
            'common_labels', 'cut_to_common', 'vs_retrain', 'same_settings', 'summarise', 'compare', 'mean_sd',
-           'format_row', 'format_comparison']
+           'format_row', 'format_comparison', 'computed_once', 'switch_table', 'switch_outcomes', 'oracle_of',
+           'rule_outcomes']
 
 # %% ../nbs/12_analysis.ipynb #1143f186
+import itertools
 import json
 from pathlib import Path
 
@@ -18,10 +20,11 @@ import pandas as pd
 
 from .config import UserError, listed
 from .strategy import STRATEGIES
+from .trigger import first_fire
 
 # %% ../nbs/12_analysis.ipynb #fb2d1257
 ROUND_FIELDS = ["round", "plan", "n_labeled", "n_trained", "val_macro_f1", "test_macro_f1", "delta_f1", "switched",
-                "train_examples", "train_flops", "score_flops", "eval_flops", "seconds"]
+                "train_examples", "train_flops", "score_flops", "eval_flops", "seconds", "queried", "key", "reused"]
 
 def read_round(
     line: str,  # JSON
@@ -86,7 +89,7 @@ def read_json(
     return value
 
 # %% ../nbs/12_analysis.ipynb #fef8c932
-VARIED = ["strategy", "seed", "epsilon", "k", "out_dir", "n_rounds"]  # what a comparison may vary
+VARIED = ["strategy", "seed", "epsilon", "k", "out_dir", "n_rounds", "store", "keep", "store_limit"]  # what a comparison may vary
 RUN_COLUMNS = ["dataset", "encoder", "query", "strategy", "epsilon", "k", "seed", "config_hash", "n_val"]
 
 def read_run(
@@ -367,3 +370,62 @@ def format_comparison(
         blocks.append(title + "\n" + pd.DataFrame(rows, index=list(group.index.get_level_values("arm"))).to_string())
     note = "FLOPs: relative to retrain, paired by seed, up to the same labels. switch: first round after the trigger fired."
     return "\n\n".join(blocks + [note])
+
+# %% ../nbs/12_analysis.ipynb #5c92f906
+def computed_once(
+    runs: pd.DataFrame,  # rows of `load_runs`
+) -> pd.DataFrame:  # one row a data set, encoder and query
+    "Rounds, FLOPs and seconds as the runs cost alone, and (`x_computed`) with each round and each question counted once."
+    rounds = runs.sort_values("round", kind="stable")
+    asked = rounds.groupby("config_hash")["key"].shift().fillna("") + rounds["queried"].astype(str)
+    trained, asked = ~rounds["key"].duplicated(), ~asked.duplicated()
+    scoring = rounds[["seconds_score", "seconds_query"]].sum(axis=1)
+    table = rounds[COMPARISON].assign(
+        rounds=1, rounds_computed=trained.astype(int), total_flops=rounds["total_flops"], seconds_total=rounds["seconds_total"],
+        total_flops_computed=(rounds["total_flops"] - rounds["score_flops"]) * trained + rounds["score_flops"] * asked,
+        seconds_total_computed=(rounds["seconds_total"] - scoring) * trained + scoring * asked,
+    )  # fmt: skip
+    return table.groupby(COMPARISON).sum()
+
+# %% ../nbs/12_analysis.ipynb #1ae9b704
+def switch_table(
+    f1s: dict[int, list[float]],  # seed -> validation macro-F1 of its retraining run
+    epsilons: list[float],
+    ks: list[int],
+) -> pd.DataFrame:  # one row a seed, ε and k
+    "The round that the rule would switch in; missing when it never does."
+    rows = []
+    for seed, epsilon, k in itertools.product(f1s, epsilons, ks):
+        fired = first_fire(f1s[seed], epsilon, k)
+        rows.append({"seed": seed, "epsilon": epsilon, "k": k, "switch_round": None if fired is None or fired + 1 >= len(f1s[seed]) else fired + 1})
+    return pd.DataFrame(rows).astype({"switch_round": "Int64"})
+
+# %% ../nbs/12_analysis.ipynb #0fab0637
+def switch_outcomes(
+    rounds: pd.DataFrame,  # `seed`, `switch_round` (missing: never) and the fields of rounds with their costs
+    metric: str = "test_macro_f1",  # what a run is judged by
+) -> pd.DataFrame:  # one row a seed and switch round
+    "How each run ended (`f1`), what it cost, and what that is relative to never switching (`x_vs_retrain`)."
+    by = rounds.sort_values("round", kind="stable").groupby(["seed", "switch_round"], dropna=False)
+    table = by.agg(f1=(metric, "last"), train_flops=("train_flops", "sum"), total_flops=("total_flops", "sum")).reset_index()
+    never = table[table["switch_round"].isna()].set_index("seed")
+    for cost in ("train", "total"):
+        table[f"{cost}_vs_retrain"] = table[f"{cost}_flops"] / table["seed"].map(never[f"{cost}_flops"])
+    return table
+
+
+def oracle_of(
+    outcomes: pd.DataFrame,  # from `switch_outcomes`
+) -> pd.DataFrame:  # one row a seed
+    "The switch round that ended best in hindsight; of equals the cheapest."
+    return outcomes.sort_values(["f1", "total_flops"], ascending=[False, True], kind="stable").drop_duplicates("seed").sort_values("seed")
+
+
+def rule_outcomes(
+    rules: pd.DataFrame,  # from `switch_table`
+    outcomes: pd.DataFrame,  # from `switch_outcomes`, with every switch round of `rules`
+) -> pd.DataFrame:  # one row a seed, ε and k
+    "How each rule ended, what it cost, and its regret: the oracle's F1 minus its own."
+    table = rules.merge(outcomes, how="left", on=["seed", "switch_round"])
+    best = oracle_of(outcomes).set_index("seed")["f1"]
+    return table.assign(regret=table["seed"].map(best) - table["f1"])

@@ -52,6 +52,7 @@ _ALLOWED = {
     "max_length": (4, 8192), "batch_size": (1, 4096), "learning_rate": (1e-8, 1), "weight_decay": (0, 1), "warmup": (0, 1),
     "max_grad_norm": (1e-6, 1e6), "max_epochs": (1, 10**4), "target_loss": (0, 100), "min_steps": (1, 10**6),
     "batch_tokens": (64, 2**24), "precision": ("auto", "bf16", "fp32"), "device": ("auto", "cpu", "cuda"),
+    "keep": ("last", "forks", "all", "none"), "store_limit": (0, 10**6),
 }  # fmt: skip
 
 
@@ -139,6 +140,9 @@ class RunConfig(_Config):
     label_columns: str = "label"  # for data of your own; several names, comma-separated, make it multi-label
     split: str = ""  # path of a split saved by `split_saver`, with its own sizes; empty = drawn from the seed
     out_dir: str = field(default="", metadata={"hashed": False})  # empty = runs/<dataset>/<query>/<strategy>/seed-<n>
+    store: str = field(default="", metadata={"hashed": False})  # folder of finished rounds; empty = DELTAF1_AL_STORE, or store/
+    keep: str = field(default="last", metadata={"hashed": False})  # weights kept there: last, forks, all or none
+    store_limit: float = field(default=0.0, metadata={"hashed": False})  # GB of weights there, 0 = no limit
 
 # %% ../nbs/00_config.ipynb #e7020444
 def fingerprint(

@@ -14,11 +14,15 @@ TINY = {  # a run of a second or two once the kernel is up
 }  # fmt: skip
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also run the tests that take an hour")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def folders(tmp_path_factory):
     "Caches and runs of the tests stay out of the user's."
     base = tmp_path_factory.mktemp("deltaf1_al")
-    os.environ.update(DELTAF1_AL_CACHE=str(base / "cache"), DELTAF1_AL_RUNS=str(base / "runs"), PYDEVD_DISABLE_FILE_VALIDATION="1")
+    os.environ.update(DELTAF1_AL_CACHE=str(base / "cache"), DELTAF1_AL_RUNS=str(base / "runs"), DELTAF1_AL_STORE=str(base / "store"), PYDEVD_DISABLE_FILE_VALIDATION="1")
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +39,7 @@ def papermill(tmp_path, tiny_encoder):
     "Run the experiment notebook with papermill in a process of its own: the finished process, and the run's folder."
 
     def start(wait=True, notebook="nbs/run_experiment.ipynb", **parameters):
-        given = {**TINY, "encoder": tiny_encoder, "out_dir": str(tmp_path / "run"), **parameters}
+        given = {**TINY, "encoder": tiny_encoder, "out_dir": str(tmp_path / "run"), "store": str(tmp_path / "store"), **parameters}
         given = {name: value for name, value in given.items() if value is not None}
         command = [sys.executable, "-m", "papermill", notebook, str(tmp_path / "run.ipynb"), "-k", "python3", "--no-progress-bar"]
         process = subprocess.Popen(
@@ -46,6 +50,29 @@ def papermill(tmp_path, tiny_encoder):
         return process, Path(given["out_dir"])
 
     return start
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system of 20 MB."
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder):
+    "Write until the file system is full."
+    with open(folder / "fill", "wb") as f, pytest.raises(OSError):
+        while True:
+            os.write(f.fileno(), b"x" * 4096)
+
+
+def timeless(rounds):
+    "Records without what may differ from one machine and one process to another: wall times, and whether the store had them."
+    return [{name: value for name, value in r.items() if name not in ("seconds", "reused")} for r in rounds]
 
 
 def rounds_of(folder):

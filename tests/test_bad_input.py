@@ -7,11 +7,11 @@ import time
 
 import pandas as pd
 import pytest
-from conftest import TINY, rounds_of
+from conftest import TINY, fill, rounds_of, timeless
 
 from deltaf1_al.config import UserError, resolve
 from deltaf1_al.corpus import load_corpus
-from deltaf1_al.loop import ActiveLearner, RunFolder, check_run, simulate
+from deltaf1_al.loop import ActiveLearner, RunFolder, check_run, open_store, simulate
 
 GOOD = {"text": [f"a fine film {i}" for i in range(60)] + [f"a dull one {i}" for i in range(60)], "label": ["pos"] * 60 + ["neg"] * 60}
 
@@ -21,7 +21,8 @@ def start(**given):
     config = resolve(**{"n_val": 10, "n_initial": 4, "n_query": 4, **given})
     check_run(config)
     RunFolder(config)
-    return ActiveLearner(config, load_corpus(config))
+    store = open_store(config)
+    return ActiveLearner(config, load_corpus(config), store)
 
 
 PARAMETERS = [
@@ -42,6 +43,9 @@ PARAMETERS = [
     (dict(encoder="nobody/no-such-model"), "encoder is 'nobody/no-such-model', which cannot be used"),
     (dict(max_length=4000), "max_length is 4000; allowed is at most 512"),
     (dict(precision="fp16"), "precision is 'fp16'; allowed are auto, bf16, fp32"),
+    (dict(keep="some"), "keep is 'some'; allowed are last, forks, all, none"),
+    (dict(store_limit=-1), "store_limit is -1.0; allowed is 0 to"),
+    (dict(store=__file__), "which is not a folder"),
     (dict(split="no-such-split.json"), "split is 'no-such-split.json', which is not a file that split_saver wrote"),
 ]
 
@@ -150,8 +154,8 @@ def test_papermill_another_run_in_out_dir_is_left_alone(papermill):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_run_keeps_finished_rounds(papermill, sent):
-    process, folder = papermill(wait=False, n_rounds=20)
+def test_a_stopped_run_keeps_its_rounds_and_goes_on(papermill, sent, tmp_path):
+    process, folder = papermill(wait=False, n_rounds=12)
     for _ in range(1200):
         if len(rounds_of(folder)) >= 2 or process.poll() is not None:
             break
@@ -160,19 +164,15 @@ def test_stopped_run_keeps_finished_rounds(papermill, sent):
     process.communicate(timeout=60)
     assert process.returncode != 0
     kept = rounds_of(folder)
-    assert 2 <= len(kept) < 21 and [r["round"] for r in kept] == list(range(len(kept)))
+    assert 2 <= len(kept) < 13 and [r["round"] for r in kept] == list(range(len(kept)))
     assert not (folder / "summary.json").exists()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    "A file system of 20 MB."
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    process, _ = papermill(n_rounds=12)
+    assert process.returncode == 0, process.output
+    resumed, summary = rounds_of(folder), json.loads((folder / "summary.json").read_text())
+    assert len(kept) <= summary["rounds_reused"] < 13 == len(resumed)
+    assert [r["seconds"] for r in resumed[: len(kept)]] == [r["seconds"] for r in kept]
+    _, alone = papermill(n_rounds=12, out_dir=str(tmp_path / "alone"), store=str(tmp_path / "another store"))
+    assert timeless(resumed) == timeless(rounds_of(alone))
 
 
 def test_full_disk(small_disk, tiny_encoder):
@@ -181,9 +181,7 @@ def test_full_disk(small_disk, tiny_encoder):
     folder = RunFolder(config)
     learner = ActiveLearner(config, load_corpus(config))
     folder.append(learner.tell(ids := learner.ask(), learner.corpus.labels[ids]))
-    with open(small_disk / "fill", "wb") as f, pytest.raises(OSError):
-        while True:
-            os.write(f.fileno(), b"x" * 4096)
+    fill(small_disk)
     record = learner.tell(ids := learner.ask(), learner.corpus.labels[ids])
     with pytest.raises(UserError, match="rounds.jsonl could not be written .No space left on device.; make room there"):
         folder.append(record)
