@@ -202,6 +202,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'deltaf1_al.store.entries': ('store.html#entries', 'deltaf1_al/store.py'),
                                   'deltaf1_al.store.file_hash': ('store.html#file_hash', 'deltaf1_al/store.py'),
                                   'deltaf1_al.store.garbage': ('store.html#garbage', 'deltaf1_al/store.py'),
+                                  'deltaf1_al.store.is_live': ('store.html#is_live', 'deltaf1_al/store.py'),
                                   'deltaf1_al.store.key_of': ('store.html#key_of', 'deltaf1_al/store.py'),
                                   'deltaf1_al.store.n_bytes': ('store.html#n_bytes', 'deltaf1_al/store.py'),
                                   'deltaf1_al.store.name_of': ('store.html#name_of', 'deltaf1_al/store.py'),

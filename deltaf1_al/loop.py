@@ -132,7 +132,7 @@ class ActiveLearner:
         "The pool ids without a label, ascending."
         return np.setdiff1d(self.corpus.pool, np.concatenate([*self.bought, np.array([], dtype=np.int64)]))
 
-# %% ../nbs/11_loop.ipynb #f271fddd
+# %% ../nbs/11_loop.ipynb #2bc5968a
 SETTINGS = ("seed", "max_length", "batch_size", "learning_rate", "weight_decay", "warmup", "max_grad_norm", "max_epochs", "target_loss", "min_steps", "batch_tokens")
 
 
@@ -140,7 +140,7 @@ def _common(self: ActiveLearner) -> dict:
     "What all rounds of this run have in common."
     machine = {name: value for name, value in environment(self.loaded.device).items() if name != "python"}
     return {
-        "corpus": self.corpus.fingerprint, "split": self.corpus.split_fingerprint, "encoder": self.loaded.fingerprint,
+        "code": source_version(_fit, _train_and_evaluate), "corpus": self.corpus.fingerprint, "split": self.corpus.split_fingerprint, "encoder": self.loaded.fingerprint,
         "settings": {name: getattr(self.config, name) for name in SETTINGS},
         "machine": machine | {"device": self.loaded.device.type, "dtype": str(self.loaded.dtype)},
     }  # fmt: skip
@@ -254,7 +254,7 @@ def _most_uncertain(self: ActiveLearner, left: np.ndarray, n: int, round: int) -
         return Made({"ids": ids.tolist(), "work": asdict(scores.work), "seconds": dict(clock.seconds)})
 
     parts = {
-        "kind": "question", "round": round, "model": self.records[-1].key, "query": config.query, "code": source_version(query),
+        "kind": "question", "round": round, "model": self.records[-1].key, "query": config.query, "code": source_version(query, _most_uncertain),
         "n": n, "candidate_size": config.candidate_size, "left": fingerprint(np.ascontiguousarray(left, dtype="<i8").tobytes()),
     }  # fmt: skip
     self.asking = self._value(parts, compute)[0].value

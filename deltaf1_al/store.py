@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'ENTRY', 'SCORES', 'WEIGHTS', 'KEEP', 'source_version', 'engine_version', 'key_of', 'Made', 'Miss',
            'read_entry', 'write_entry', 'read_file', 'file_hash', 'weight_bytes', 'wanted', 'store_path', 'Store',
            'name_of', 'value', 'read', 'weights', 'take_back', 'drop_weights', 'claim', 'read_run_file', 'close',
-           'runs', 'entries', 'check', 'garbage', 'collect', 'n_bytes', 'check_store', 'collect_garbage']
+           'runs', 'is_live', 'entries', 'check', 'garbage', 'collect', 'n_bytes', 'check_store', 'collect_garbage']
 
 # %% ../nbs/10_store.ipynb #989e6502
 import ast
@@ -302,7 +302,7 @@ def _clear(self: Store, key: str):
 
 Store._clear = _clear
 
-# %% ../nbs/10_store.ipynb #d202303b
+# %% ../nbs/10_store.ipynb #193ee5a8
 def weights(
     self: Store,
     key: str,
@@ -345,10 +345,10 @@ Store.take_back = take_back
 
 
 def drop_weights(self: Store, folder: Path):
-    "Remove the weights of an entry and note that it was meant."
-    with suppress(Miss):
+    "Remove the weights of an entry, unless another process is busy with it, and note that it was meant."
+    with suppress(Miss, Timeout), FileLock(folder / ".lock", timeout=0):
         write_entry(folder, read_entry(folder) | {"weights_kept": False})
-    (folder / WEIGHTS).unlink(missing_ok=True)
+        (folder / WEIGHTS).unlink(missing_ok=True)
 
 
 Store.drop_weights = drop_weights
@@ -397,20 +397,28 @@ def close(self: Store):
 
 Store.close = close
 
-# %% ../nbs/10_store.ipynb #83bcddca
+# %% ../nbs/10_store.ipynb #54b131b7
 def runs(self: Store) -> list[dict]:
-    "The runs the store knows, with `live`: whether a process is running them now."
-    found = [run for path in sorted((self.path / "runs").glob("*.json")) if (run := read_run_file(path))]
-    return [run | {"live": self._is_held(self.path / "runs" / run["file"].replace(".json", ".lock"))} for run in found]
+    "The runs the store knows."
+    return [run for path in sorted((self.path / "runs").glob("*.json")) if (run := read_run_file(path))]
 
 
 Store.runs = runs
 
 
+def is_live(self: Store, run: dict) -> bool:
+    "Whether a process is running it now."
+    own = self.run is not None and self.run["file"] == run["file"]
+    return own or self._is_held(self.path / "runs" / run["file"].replace(".json", ".lock"))
+
+
+Store.is_live = is_live
+
+
 def _is_held(self: Store, lock: Path) -> bool:
     "Whether some process holds this lock."
-    if not lock.exists() or (self.run and lock.stem + ".json" == self.run["file"]):
-        return lock.exists()
+    if not lock.exists():
+        return False
     try:
         with FileLock(lock, timeout=0):
             return False
@@ -446,7 +454,7 @@ def _make_room(self: Store, n_bytes: int) -> bool:
         return True
     files = sorted(self.path.glob(f"*/*/*/{WEIGHTS}"), key=lambda p: p.stat().st_mtime)
     over = sum(p.stat().st_size for p in files) + n_bytes - self.limit * 1e9
-    busy = set().union(*(wanted(run) for run in self.runs() if run["live"]))
+    busy = set().union(*(wanted(run) for run in self.runs() if self.is_live(run)))
     for path in files:
         if over > 0 and f"{path.parents[2].name}/{path.parent.name}" not in busy:
             over -= path.stat().st_size
@@ -458,7 +466,7 @@ def _make_room(self: Store, n_bytes: int) -> bool:
 
 Store._make_room = _make_room
 
-# %% ../nbs/10_store.ipynb #97e13fa6
+# %% ../nbs/10_store.ipynb #06a0b5d3
 def entries(self: Store) -> list[Path]:
     "The folders of all entries, those of other engines too, without the ones being computed now."
     return [path for path in sorted(self.path.glob("*/??/*")) if path.is_dir() and not self._is_held(path / ".lock")]
@@ -488,9 +496,10 @@ Store.check = check
 def garbage(self: Store) -> list[Path]:
     "Entries no run refers to, weights no policy keeps, leftovers of processes that died, and runs whose folder is gone."
     runs = self.runs()
-    kept = [run for run in runs if run["live"] or Path(run["folder"]).is_dir()]
+    live = {run["file"] for run in runs if self.is_live(run)}
+    kept = [run for run in runs if run["file"] in live or Path(run["folder"]).is_dir()]
     referred = {entry for run in kept for entry in run["entries"]}
-    weights = set().union(*(run["entries"] if run["live"] else wanted(run) for run in kept))
+    weights = set().union(*(run["entries"] if run["file"] in live else wanted(run) for run in kept))
     found = [self.path / "runs" / run["file"] for run in runs if run not in kept]
     for folder in self.entries():
         name = f"{folder.parents[1].name}/{folder.name}"
