@@ -121,6 +121,7 @@ class ActiveLearner:
         self.pending: np.ndarray | None = None  # asked, not yet told
         self.asking: dict = {}  # what the pending question cost
         self.decided: np.ndarray | None = None  # last round's decisions on the validation set
+        self.trained_again = 0  # FLOPs spent on weights that were not kept
         self.holds: int | None = -1  # the round whose weights `loaded` has; −1: the first weights, None: those of no round
         self.common = self._common()
         self.journal, self.events = journal, []
@@ -132,7 +133,7 @@ class ActiveLearner:
         "The pool ids without a label, ascending."
         return np.setdiff1d(self.corpus.pool, np.concatenate([*self.bought, np.array([], dtype=np.int64)]))
 
-# %% ../nbs/11_loop.ipynb #2bc5968a
+# %% ../nbs/11_loop.ipynb #7ee803d3
 SETTINGS = ("seed", "max_length", "batch_size", "learning_rate", "weight_decay", "warmup", "max_grad_norm", "max_epochs", "target_loss", "min_steps", "batch_tokens")
 
 
@@ -167,7 +168,7 @@ def _rows(self: ActiveLearner, round: int) -> np.ndarray:
 
 ActiveLearner._rows = _rows
 
-
+# %% ../nbs/11_loop.ipynb #dc2194bd
 def _value(self: ActiveLearner, parts: dict, compute: Callable[[], Made], room: int = 0) -> tuple[Made, bool]:
     "A value, and whether the store had it."
     return self.store.value(parts, compute, room) if self.store else (compute(), False)
@@ -175,7 +176,7 @@ def _value(self: ActiveLearner, parts: dict, compute: Callable[[], Made], room: 
 
 ActiveLearner._value = _value
 
-# %% ../nbs/11_loop.ipynb #d8d38dc0
+# %% ../nbs/11_loop.ipynb #be80d3ff
 def encoder(self: ActiveLearner) -> Encoder:
     "The encoder, with the weights of the last round."
     self._restore(len(self.records) - 1)
@@ -200,7 +201,7 @@ def _restore(self: ActiveLearner, round: int):
     elif at < 0:
         self.loaded.reset()
     for at in reversed(again):
-        self._fit(at)
+        self.trained_again += self._fit(at).work.flops
         if self.store:
             self.store.take_back(self.records[at].key, self.loaded.model.state_dict())
     self.holds = round
@@ -208,7 +209,7 @@ def _restore(self: ActiveLearner, round: int):
 
 ActiveLearner._restore = _restore
 
-
+# %% ../nbs/11_loop.ipynb #364cbc39
 def _fit(self: ActiveLearner, round: int) -> Training:
     "Train as a round does; where it goes on from the round before, the model has to be there."
     rows = self._rows(round)
@@ -318,7 +319,7 @@ def tell(
 
 ActiveLearner.tell = tell
 
-
+# %% ../nbs/11_loop.ipynb #e383708b
 def _train_and_evaluate(self: ActiveLearner, round: int) -> Made:
     "What a round computes: weights, scores of the validation and the test set, and what they cost."
     if self.plans[round].start != "fresh":
@@ -387,7 +388,7 @@ def _record(self: ActiveLearner, made: Made, key: str, found: bool, switched: bo
 
 ActiveLearner._record = _record
 
-# %% ../nbs/11_loop.ipynb #dd464e79
+# %% ../nbs/11_loop.ipynb #4893aaa3
 def _head(self: ActiveLearner) -> dict:
     "The first line of a journal: whose it is."
     return {"config_hash": self.config.hash, "corpus": self.corpus.fingerprint, "split": self.corpus.split_fingerprint}
@@ -406,7 +407,7 @@ def _note(self: ActiveLearner, event: dict | None):
 
 ActiveLearner._note = _note
 
-
+# %% ../nbs/11_loop.ipynb #45030fc9
 def _reopen(self: ActiveLearner):
     "Go through the journal, where there is one; `UserError` when it is of something else."
     self.replaying = True
@@ -470,7 +471,7 @@ def run_summary(
         "switch_round": next((r.round for r in records if r.switched), None),
         "test_macro_f1": records[-1].test_macro_f1,
         "train_flops": sum(r.train_flops for r in records),
-        "train_flops_computed": sum(r.train_flops for r in records if not r.reused),
+        "train_flops_computed": sum(r.train_flops for r in records if not r.reused) + learner.trained_again,
         "seconds": {phase: round(sum(r.seconds[phase] for r in records), 4) for phase in PHASES},
     }
 

@@ -71,7 +71,7 @@ class Made:
 class Miss(Exception):
     "No entry can be used; the message says what is wrong with the one there is, and nothing when there is none."
 
-# %% ../nbs/10_store.ipynb #377ec337
+# %% ../nbs/10_store.ipynb #0880dea7
 ENTRY, SCORES, WEIGHTS = "entry.json", "scores.safetensors", "weights.safetensors"
 
 
@@ -98,7 +98,7 @@ def write_entry(
     "Write `entry.json` with the hash of its content."
     write_atomic(folder / ENTRY, json.dumps(content | {"sha256": key_of(content)}))
 
-
+# %% ../nbs/10_store.ipynb #8dab2d77
 def read_file(
     folder: Path,
     name: str,  # `SCORES` or `WEIGHTS`
@@ -209,7 +209,7 @@ def value(
 
 Store.value = value
 
-# %% ../nbs/10_store.ipynb #75321621
+# %% ../nbs/10_store.ipynb #aa72a86f
 def _found_or_made(self: Store, key: str, parts: dict, compute: Callable[[], Made], room: int) -> tuple[Made, bool]:
     "Under the lock: another process may have been faster, and what cannot be used is said and cleared away."
     try:
@@ -229,7 +229,7 @@ def _found_or_made(self: Store, key: str, parts: dict, compute: Callable[[], Mad
 
 Store._found_or_made = _found_or_made
 
-
+# %% ../nbs/10_store.ipynb #739aea57
 @contextmanager
 def _lock(self: Store, key: str, name: str) -> Iterator[None]:
     "Hold an entry; no other process computes or changes it meanwhile."
@@ -254,7 +254,7 @@ def _lock(self: Store, key: str, name: str) -> Iterator[None]:
 
 Store._lock = _lock
 
-# %% ../nbs/10_store.ipynb #495c7bba
+# %% ../nbs/10_store.ipynb #f015d443
 def read(
     self: Store,
     key: str,
@@ -292,7 +292,7 @@ def _write(self: Store, key: str, parts: dict, made: Made):
 
 Store._write = _write
 
-
+# %% ../nbs/10_store.ipynb #29086cfe
 def _clear(self: Store, key: str):
     "Remove what an entry's folder holds, `entry.json` first, the lock not at all."
     for path in sorted(self.folder(key).iterdir(), key=lambda p: p.name != ENTRY):
@@ -302,7 +302,7 @@ def _clear(self: Store, key: str):
 
 Store._clear = _clear
 
-# %% ../nbs/10_store.ipynb #193ee5a8
+# %% ../nbs/10_store.ipynb #da57930a
 def weights(
     self: Store,
     key: str,
@@ -324,7 +324,7 @@ def weights(
 
 Store.weights = weights
 
-
+# %% ../nbs/10_store.ipynb #231f4d91
 def take_back(
     self: Store,
     key: str,
@@ -353,7 +353,7 @@ def drop_weights(self: Store, folder: Path):
 
 Store.drop_weights = drop_weights
 
-# %% ../nbs/10_store.ipynb #2577e9b7
+# %% ../nbs/10_store.ipynb #1bdb3d49
 def claim(
     self: Store,
     folder: Path,  # where the run writes; it refers to its rounds as long as this exists
@@ -387,7 +387,7 @@ def read_run_file(
     except (OSError, ValueError, TypeError):
         return {}
 
-
+# %% ../nbs/10_store.ipynb #546a81d4
 def close(self: Store):
     "Give up the claim."
     if self.run:
@@ -397,7 +397,7 @@ def close(self: Store):
 
 Store.close = close
 
-# %% ../nbs/10_store.ipynb #54b131b7
+# %% ../nbs/10_store.ipynb #a280d1ea
 def runs(self: Store) -> list[dict]:
     "The runs the store knows."
     return [run for path in sorted((self.path / "runs").glob("*.json")) if (run := read_run_file(path))]
@@ -430,7 +430,7 @@ def _is_held(self: Store, lock: Path) -> bool:
 
 Store._is_held = _is_held
 
-
+# %% ../nbs/10_store.ipynb #76aa0fe9
 def _refer(self: Store, key: str, start: str | None):
     "Add an entry to the run's list, and let go of weights its policy no longer keeps."
     entry = f"{self.engine}/{key}"
@@ -466,7 +466,7 @@ def _make_room(self: Store, n_bytes: int) -> bool:
 
 Store._make_room = _make_room
 
-# %% ../nbs/10_store.ipynb #06a0b5d3
+# %% ../nbs/10_store.ipynb #fbdbdcd1
 def entries(self: Store) -> list[Path]:
     "The folders of all entries, those of other engines too, without the ones being computed now."
     return [path for path in sorted(self.path.glob("*/??/*")) if path.is_dir() and not self._is_held(path / ".lock")]
@@ -492,7 +492,7 @@ def check(self: Store) -> list[str]:
 
 Store.check = check
 
-
+# %% ../nbs/10_store.ipynb #5da5f973
 def garbage(self: Store) -> list[Path]:
     "Entries no run refers to, weights no policy keeps, leftovers of processes that died, and runs whose folder is gone."
     runs = self.runs()

@@ -140,7 +140,7 @@ def test_only_one_process_runs_in_a_folder(given, tmp_path):
     assert done.returncode and "where another process is running; wait for it, or choose another folder" in done.stderr
     assert learner.store.runs() == []  # it has asked for nothing yet
     learner.tell(ids := learner.ask(), learner.corpus.labels[ids])
-    assert [run["live"] for run in learner.store.runs()] == [True]
+    assert [learner.store.is_live(run) for run in learner.store.runs()] == [True]
     learner.close()
     assert subprocess.run(command, cwd=ROOT).returncode == 0
 
