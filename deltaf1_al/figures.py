@@ -371,7 +371,7 @@ def run_figure(
                {name: how for name, (_, how) in scores.items()})
     return fig
 
-# %% ../nbs/13_figures.ipynb #075e47df
+# %% ../nbs/13_figures.ipynb #e7c68408
 HEAT = {"f1": ("final macro-F1", "{:.3f}"), "train_vs_retrain": ("training FLOPs vs retrain", "{:.2f}"), "switch_round": ("switch round", "{:.3g}")}
 
 def heat_map(
@@ -391,7 +391,7 @@ def heat_map(
         dark = np.isfinite(number) and number <= middle
         ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color="white" if dark else "black", size="small")
         if not switched:
-            ax.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, hatch="///", edgecolor="0.6", linewidth=0))
+            ax.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, hatch="//", edgecolor="0.7", linewidth=0))
     ax.set_xticks(np.arange(mean.shape[1]) + 0.5, [f"{e:g}" for e in mean.columns])
     ax.set_yticks(np.arange(mean.shape[0]) + 0.5, [f"{k:g}" for k in mean.index])
     ax.set(title=title, xlabel="ε", ylabel="k")

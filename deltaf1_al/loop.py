@@ -107,7 +107,7 @@ class ActiveLearner:
         check_run(config)
         self.config, self.corpus, self.store, self.clock = config, corpus, store, Clock()
         if store:
-            store.claim(config.folder, config.hash)
+            store.claim(Path(journal).absolute() if journal else config.folder, config.hash)
         self.strategy, self.uncertainty = STRATEGIES[config.strategy], QUERIES[config.query]
         self.trigger = trigger or DeltaF1(config.epsilon, config.k)
         with self.clock("load"):

@@ -353,26 +353,26 @@ def drop_weights(self: Store, folder: Path):
 
 Store.drop_weights = drop_weights
 
-# %% ../nbs/10_store.ipynb #1bdb3d49
+# %% ../nbs/10_store.ipynb #949199fa
 def claim(
     self: Store,
-    folder: Path,  # where the run writes; it refers to its rounds as long as this exists
+    place: Path,  # the folder the run writes to, or its journal; the run refers to its rounds as long as this exists
     name: str,  # `RunConfig.hash`
 ):
-    "Register a run; `UserError` while another process runs in the same folder."
+    "Register a run; `UserError` while another process runs in the same place."
     if not self.writable:
         return
-    path = self.path / "runs" / f"{fingerprint(str(folder))}.json"
+    path = self.path / "runs" / f"{fingerprint(str(place))}.json"
     path.parent.mkdir(exist_ok=True)
     self.claimed = FileLock(path.with_suffix(".lock"), is_singleton=True)  # a notebook may claim its own run twice
     try:
         self.claimed.acquire(timeout=20)  # a process that was killed may take a moment to die
     except Timeout:
-        raise UserError(f"out_dir is {str(folder)!r}, where another process is running; wait for it, or choose another folder") from None
+        raise UserError(f"{place} is where another process is running; wait for it, or choose another out_dir or journal") from None
     known = read_run_file(path)
     entries = known["entries"] if known.get("name") == name else {}
     entries = {entry: start for entry, start in entries.items() if entry.startswith(self.engine)}
-    self.run = {"name": name, "folder": str(folder), "keep": self.keep, "entries": entries, "file": path.name}
+    self.run = {"name": name, "place": str(place), "keep": self.keep, "entries": entries, "file": path.name}
 
 
 Store.claim = claim
@@ -492,12 +492,12 @@ def check(self: Store) -> list[str]:
 
 Store.check = check
 
-# %% ../nbs/10_store.ipynb #5da5f973
+# %% ../nbs/10_store.ipynb #c9d15c76
 def garbage(self: Store) -> list[Path]:
     "Entries no run refers to, weights no policy keeps, leftovers of processes that died, and runs whose folder is gone."
     runs = self.runs()
     live = {run["file"] for run in runs if self.is_live(run)}
-    kept = [run for run in runs if run["file"] in live or Path(run["folder"]).is_dir()]
+    kept = [run for run in runs if run["file"] in live or Path(run["place"]).exists()]
     referred = {entry for run in kept for entry in run["entries"]}
     weights = set().union(*(run["entries"] if run["file"] in live else wanted(run) for run in kept))
     found = [self.path / "runs" / run["file"] for run in runs if run not in kept]
@@ -525,6 +525,7 @@ def collect(self: Store, found: list[Path]):
             self.drop_weights(path.parent)
         else:
             path.unlink(missing_ok=True)
+            path.with_suffix(".lock").unlink(missing_ok=True)  # of a run
 
 
 Store.collect = collect

@@ -137,7 +137,7 @@ def test_only_one_process_runs_in_a_folder(given, tmp_path):
     )
     command = [sys.executable, "-c", script, json.dumps(given(out_dir=str(tmp_path / "run"), store=str(tmp_path / "store")))]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode and "where another process is running; wait for it, or choose another folder" in done.stderr
+    assert done.returncode and "is where another process is running; wait for it, or choose another out_dir" in done.stderr
     assert learner.store.runs() == []  # it has asked for nothing yet
     learner.tell(ids := learner.ask(), learner.corpus.labels[ids])
     assert [learner.store.is_live(run) for run in learner.store.runs()] == [True]
@@ -246,6 +246,23 @@ def test_garbage_of_a_run_in_progress_is_left_alone(given, tmp_path):
     assert done.returncode == 0 and "Removed" not in done.stdout, done.stdout + done.stderr
     simulate(learner, folder.append)
     assert timeless(rounds_of(tmp_path / "run")) == expected and not any(r["reused"] for r in rounds_of(tmp_path / "run"))
+
+
+def test_a_labelling_session_closed_for_weeks_keeps_its_rounds(given, tmp_path):
+    this = given(out_dir=str(tmp_path / "never made"), store=str(tmp_path / "store"))
+    config = resolve(**this)
+    corpus = load_corpus(config)
+    for _ in range(2):
+        learner = ActiveLearner(config, corpus, open_store(config), journal=tmp_path / "journal.jsonl")
+        learner.tell(ids := learner.ask(), corpus.labels[ids])
+        question = learner.ask().tolist()
+        learner.close()
+        assert not [path for path in Store(this["store"]).garbage() if path.is_dir()]
+    learner = ActiveLearner(config, corpus, open_store(config), journal=tmp_path / "journal.jsonl")
+    assert learner.ask().tolist() == question and [r.reused for r in learner.records] == [True, True]
+    learner.close()
+    (tmp_path / "journal.jsonl").unlink()
+    assert len([path for path in Store(this["store"]).garbage() if path.is_dir()]) == 4
 
 
 def test_the_table_costs_one_run_and_a_tail_for_each_switch_round(papermill, given, tmp_path):
