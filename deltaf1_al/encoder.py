@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -49,7 +50,7 @@ def hardware(
         torch.use_deterministic_algorithms(True, warn_only=True)
     return found, torch.bfloat16 if precision != "fp32" and native_bf16(found) else torch.float32
 
-# %% ../nbs/03_encoder.ipynb #bd8fc9ff
+# %% ../nbs/03_encoder.ipynb #15cf7f15
 def environment(
     device: torch.device,
 ) -> dict[str, str | int]:
@@ -59,7 +60,8 @@ def environment(
     return {
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "numpy": np.__version__, "machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "instructions": fingerprint(*instructions), "threads": torch.get_num_threads(),
+        "instructions": fingerprint(*instructions), "threads": torch.get_num_threads(), "mkldnn": torch.backends.mkldnn.enabled,
+        "matmul_precision": torch.get_float32_matmul_precision(), "tokenizers": tokenizers.__version__,
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.get("cpu_name", platform.processor()),
     }  # fmt: skip
 

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'SETTINGS', 'KEPT', 'RoundRecord', 'check_run', 'open_store', 'ActiveLearner', 'encoder', 'ask', 'tell',
-           'close', 'simulate', 'run_summary', 'run_in', 'move_aside', 'RunFolder', 'progress_header', 'progress_line']
+           'lines_of', 'close', 'simulate', 'run_summary', 'run_in', 'move_aside', 'RunFolder', 'progress_header',
+           'progress_line']
 
 # %% ../nbs/11_loop.ipynb #f790d903
 import json
 import os
 import shutil
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -106,8 +108,6 @@ class ActiveLearner:
     ):
         check_run(config)
         self.config, self.corpus, self.store, self.clock = config, corpus, store, Clock()
-        if store:
-            store.claim(Path(journal).absolute() if journal else config.folder, config.hash)
         self.strategy, self.uncertainty = STRATEGIES[config.strategy], QUERIES[config.query]
         self.trigger = trigger or DeltaF1(config.epsilon, config.k)
         with self.clock("load"):
@@ -121,10 +121,12 @@ class ActiveLearner:
         self.pending: np.ndarray | None = None  # asked, not yet told
         self.asking: dict = {}  # what the pending question cost
         self.decided: np.ndarray | None = None  # last round's decisions on the validation set
-        self.trained_again = 0  # FLOPs spent on weights that were not kept
+        self.trained_again: list[Training] = []  # for weights that were not kept
         self.holds: int | None = -1  # the round whose weights `loaded` has; −1: the first weights, None: those of no round
         self.common = self._common()
-        self.journal, self.events = journal, []
+        self.journal, self.events = journal and Path(journal).absolute(), []
+        if store:
+            store.claim(self.journal or config.folder, config.hash)
         if journal:
             self._reopen()
 
@@ -133,17 +135,15 @@ class ActiveLearner:
         "The pool ids without a label, ascending."
         return np.setdiff1d(self.corpus.pool, np.concatenate([*self.bought, np.array([], dtype=np.int64)]))
 
-# %% ../nbs/11_loop.ipynb #7ee803d3
+# %% ../nbs/11_loop.ipynb #0ee3cceb
 SETTINGS = ("seed", "max_length", "batch_size", "learning_rate", "weight_decay", "warmup", "max_grad_norm", "max_epochs", "target_loss", "min_steps", "batch_tokens")
 
 
 def _common(self: ActiveLearner) -> dict:
     "What all rounds of this run have in common."
-    machine = {name: value for name, value in environment(self.loaded.device).items() if name != "python"}
     return {
         "code": source_version(_fit, _train_and_evaluate), "corpus": self.corpus.fingerprint, "split": self.corpus.split_fingerprint, "encoder": self.loaded.fingerprint,
-        "settings": {name: getattr(self.config, name) for name in SETTINGS},
-        "machine": machine | {"device": self.loaded.device.type, "dtype": str(self.loaded.dtype)},
+        "settings": {name: getattr(self.config, name) for name in SETTINGS}, "dtype": str(self.loaded.dtype),
     }  # fmt: skip
 
 
@@ -155,7 +155,8 @@ def _parts(self: ActiveLearner, round: int) -> dict:
     plan, rows = self.plans[round], self._rows(round)
     start = "fresh" if plan.start == "fresh" else self.records[round - 1].key
     told = (np.ascontiguousarray(part, dtype="<i8").tobytes() for part in (rows, self.labels[rows]))
-    return self.common | {"kind": "round", "round": round, "start": start, "rows": fingerprint(*told)}
+    machine = {name: value for name, value in environment(self.loaded.device).items() if name != "python"}
+    return self.common | {"machine": machine, "kind": "round", "round": round, "start": start, "rows": fingerprint(*told)}
 
 
 ActiveLearner._parts = _parts
@@ -176,7 +177,7 @@ def _value(self: ActiveLearner, parts: dict, compute: Callable[[], Made], room: 
 
 ActiveLearner._value = _value
 
-# %% ../nbs/11_loop.ipynb #be80d3ff
+# %% ../nbs/11_loop.ipynb #a4c0b6ba
 def encoder(self: ActiveLearner) -> Encoder:
     "The encoder, with the weights of the last round."
     self._restore(len(self.records) - 1)
@@ -196,12 +197,15 @@ def _restore(self: ActiveLearner, round: int):
             if self.plans[at].start == "fresh":
                 break
             at -= 1
+    if at == self.holds == round:
+        return
+    self.holds = None  # an interruption from here on leaves a model of no round
     if weights:
         self.loaded.model.load_state_dict(weights)
     elif at < 0:
         self.loaded.reset()
     for at in reversed(again):
-        self.trained_again += self._fit(at).work.flops
+        self.trained_again.append(self._fit(at))
         if self.store:
             self.store.take_back(self.records[at].key, self.loaded.model.state_dict())
     self.holds = round
@@ -297,20 +301,20 @@ def tell(
 ) -> RoundRecord:
     "Take the labels, train by the plan, evaluate; the record of the round."
     ids, labels = self._told(ids, labels)
-    round, fired = len(self.records), self.trigger.fired
+    round, fired, before = len(self.records), self.trigger.fired, (copy(self.trigger), self.decided)
+    self._note({"told": ids.tolist(), "labels": labels.tolist()})
     self.labels[ids] = labels
     self.bought.append(ids)
     self.plans.append(self.strategy.plan(round, fired))
     try:
-        self._note({"told": ids.tolist(), "labels": labels.tolist()})
         parts = self._parts(round)
         made, found = self._value(parts, lambda: self._train_and_evaluate(round), room=self._room())
         record = self._record(made, key_of(parts), found, switched=fired and self.strategy.switches)
     except BaseException:  # an interrupted round leaves the learner as it was before the answer
         self.labels[self.bought.pop()] = -1
         self.plans.pop()
+        self.trigger, self.decided = before
         self.holds = None if self.holds == round else self.holds
-        self._note(None)
         raise
     self.records.append(record)
     self.pending, self.asking, self.clock = None, {}, Clock()
@@ -319,22 +323,22 @@ def tell(
 
 ActiveLearner.tell = tell
 
-# %% ../nbs/11_loop.ipynb #e383708b
+# %% ../nbs/11_loop.ipynb #770974ce
 def _train_and_evaluate(self: ActiveLearner, round: int) -> Made:
     "What a round computes: weights, scores of the validation and the test set, and what they cost."
     if self.plans[round].start != "fresh":
         self._restore(round - 1)
-    model, before = self.loaded, self.loaded.state()
+    model, before, clock = self.loaded, self.loaded.state(), Clock()
     try:
-        with self.clock("train"):
+        with clock("train"):
             training = self._fit(round)
-        with self.clock("evaluate"):
+        with clock("evaluate"):
             scores = score(model, self.tokens, np.concatenate([self.corpus.val, self.corpus.test]), self.config.batch_tokens)
     except BaseException:
         model.model.load_state_dict(before)
         raise
     self.holds = round
-    value = {"training": asdict(training), "evaluation": asdict(scores.work), "seconds": dict(self.clock.seconds)}
+    value = {"training": asdict(training), "evaluation": asdict(scores.work), "seconds": self.clock.seconds | clock.seconds}
     keeps = self.store and self.store.keep != "none"
     return Made(value, {"logits": scores.logits}, model.model.state_dict() if keeps else None)
 
@@ -388,43 +392,61 @@ def _record(self: ActiveLearner, made: Made, key: str, found: bool, switched: bo
 
 ActiveLearner._record = _record
 
-# %% ../nbs/11_loop.ipynb #4893aaa3
+# %% ../nbs/11_loop.ipynb #1b856340
 def _head(self: ActiveLearner) -> dict:
-    "The first line of a journal: whose it is."
-    return {"config_hash": self.config.hash, "corpus": self.corpus.fingerprint, "split": self.corpus.split_fingerprint}
+    "The first line of a journal: whose it is. How many rounds are planned does not matter here."
+    kept = {f.name: getattr(self.config, f.name) for f in fields(self.config) if f.metadata.get("hashed", True) and f.name != "n_rounds"}
+    return kept | {"corpus": self.corpus.fingerprint, "split": self.corpus.split_fingerprint}
 
 
 ActiveLearner._head = _head
 
 
-def _note(self: ActiveLearner, event: dict | None):
-    "Add a line to the journal, or with None take the last one back."
-    if self.journal:
-        self.events = self.events[:-1] if event is None else [*self.events, event]
-        if not self.replaying:
-            write_atomic(self.journal, "".join(json.dumps(line) + "\n" for line in [self._head(), *self.events]))
+def _note(self: ActiveLearner, event: dict):
+    "Add a line to the journal, in the place of an answer whose round was not finished; `UserError` when it is not as this learner left it."
+    if not self.journal or self.replaying:
+        return
+    if lines_of(self.journal) != self.events:
+        raise UserError(f"journal {str(self.journal)!r} was changed by another learner; open it again")
+    finished = sum("told" in event for event in self.events[1:]) == len(self.records)
+    self.events = [*(self.events or [self._head()]), event] if finished else [*self.events[:-1], event]
+    write_atomic(self.journal, "".join(json.dumps(line) + "\n" for line in self.events))
 
 
 ActiveLearner._note = _note
 
-# %% ../nbs/11_loop.ipynb #45030fc9
+
+def lines_of(
+    journal: Path,
+) -> list[dict]:
+    "What a journal holds, nothing where there is none; `UserError` when it is no journal."
+    if not journal.exists():
+        return []
+    try:
+        head, *events = [json.loads(line) for line in journal.read_text().splitlines() if line.strip()]
+        sound = isinstance(head, dict) and all(set(event) in ({"asked", "asking"}, {"told", "labels"}) for event in events)
+    except (OSError, ValueError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"journal {str(journal)!r} cannot be read; allowed is a file that an ActiveLearner wrote, or none")
+    return [head, *events]
+
+# %% ../nbs/11_loop.ipynb #a8f8807b
 def _reopen(self: ActiveLearner):
     "Go through the journal, where there is one; `UserError` when it is of something else."
-    self.replaying = True
+    self.replaying, head = True, self._head()
     try:
-        head, *events = [json.loads(line) for line in Path(self.journal).read_text().splitlines()]
-    except FileNotFoundError:
-        head, events = self._head(), []
-    except (OSError, ValueError) as e:
-        raise UserError(f"journal {str(self.journal)!r} cannot be read ({type(e).__name__})") from e
-    if differ := [name for name, value in self._head().items() if head.get(name) != value]:
-        raise UserError(f"journal {str(self.journal)!r} is of another run: its {differ[0]} is {head.get(differ[0])}, here {self._head()[differ[0]]}")
-    for event in events:
-        if "told" in event:
-            self.tell(event["told"], event["labels"])
-        else:
-            self._note(event)
-            self.pending, self.asking = np.array(event["asked"]), event["asking"]
+        self.events = lines_of(self.journal)
+        if differ := [name for name, value in head.items() if self.events and self.events[0].get(name) != value]:
+            raise UserError(f"journal {str(self.journal)!r} is of another run: its {differ[0]} is {self.events[0].get(differ[0])!r}, here {head[differ[0]]!r}")
+        for event in self.events[1:]:
+            if "told" in event:
+                self.tell(event["told"], event["labels"])
+            else:
+                self.pending, self.asking = np.array(event["asked"]), event["asking"]
+    except BaseException:
+        self.close()
+        raise
     self.replaying = False
 
 
@@ -454,8 +476,9 @@ def simulate(
 def run_summary(
     learner: ActiveLearner,  # after its last round
 ) -> dict:
-    "What a run was, on what, and how it ended; the totals of its records."
+    "What a run was, on what, and how it ended; the totals of its records, and (`x_reused`, `x_computed`) what this process did."
     config, corpus, records = learner.config, learner.corpus, learner.records
+    again = sum(training.work.flops for training in learner.trained_again)
     sizes = {f"n_{part}": len(getattr(corpus, part)) for part in ("pool", "val", "test")}
     return {
         "config": asdict(config),
@@ -471,7 +494,7 @@ def run_summary(
         "switch_round": next((r.round for r in records if r.switched), None),
         "test_macro_f1": records[-1].test_macro_f1,
         "train_flops": sum(r.train_flops for r in records),
-        "train_flops_computed": sum(r.train_flops for r in records if not r.reused) + learner.trained_again,
+        "train_flops_computed": sum(r.train_flops for r in records if not r.reused) + again,
         "seconds": {phase: round(sum(r.seconds[phase] for r in records), 4) for phase in PHASES},
     }
 

@@ -132,6 +132,7 @@ def train(
     optimizer, schedule = optimizer_for(encoder.model, planned_steps(steps_per_epoch, config), config)
     targets = torch.from_numpy(labels).to(encoder.device)
     encoder.model.train()
+    encoder.model.zero_grad(set_to_none=True)  # a training that was interrupted leaves gradients
     with torch.random.fork_rng():
         torch.manual_seed(stream_seed(config.seed, "dropout", round))
         while not done.stopped_by:

@@ -48,7 +48,7 @@ def run(given, answer=None, die=None, start=None):
     simulate(learner, folder.append)
     folder.finish(learner)
     if answer:
-        answer.put((store.computed, store.reused, said))
+        answer.put((store.computed, len(learner.trained_again), said))
 
 
 def in_a_process(given, die=None, after=None):
@@ -121,6 +121,8 @@ def test_four_strategies_at_once_on_one_store(given, tmp_path, keep):
         assert process.exitcode == 0
     computed = [key for keys, _, _ in got for key in keys]
     assert len(computed) == len(set(computed)), "something was computed twice"
+    if keep == "forks":
+        assert sum(again for _, again, _ in got) == 0, "weights that were kept were trained again"
     assert Store(store).check() == []
     for s in strategies:
         assert timeless(rounds_of(tmp_path / s)) == alone(given(s), tmp_path / f"{s} alone")[0]
@@ -235,17 +237,27 @@ def test_make_store_check_and_gc(given, tmp_path):
 
 
 def test_garbage_of_a_run_in_progress_is_left_alone(given, tmp_path):
-    this = given(out_dir=str(tmp_path / "run"), store=str(tmp_path / "store"), keep="all")
-    expected, _ = alone(given(), tmp_path / "alone")
+    "No folder refers to its rounds and its policy keeps the last weights only, but it is being run."
+    this = given("fine-tune", out_dir=str(tmp_path / "never made"), store=str(tmp_path / "store"))
     config = resolve(**this)
-    folder, learner = RunFolder(config), ActiveLearner(config, load_corpus(config), open_store(config))
+    learner = ActiveLearner(config, load_corpus(config), open_store(config))
     for _ in range(3):
-        folder.append(learner.tell(ids := learner.ask(), learner.corpus.labels[ids]))
+        learner.tell(ids := learner.ask(), learner.corpus.labels[ids])
+    here, store = sorted((tmp_path / "store").rglob("*")), Store(this["store"])
     command = [sys.executable, "-c", f"from deltaf1_al.store import collect_garbage; collect_garbage(True, {str(tmp_path / 'store')!r})"]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0 and "Removed" not in done.stdout, done.stdout + done.stderr
-    simulate(learner, folder.append)
-    assert timeless(rounds_of(tmp_path / "run")) == expected and not any(r["reused"] for r in rounds_of(tmp_path / "run"))
+    assert sorted((tmp_path / "store").rglob("*")) == here
+    learner.close()
+    stale = store.garbage()
+    assert len([path for path in stale if path.is_dir()]) == 5
+    learner = ActiveLearner(config, load_corpus(config), open_store(config))  # between the listing and the removal
+    learner.tell(ids := learner.ask(), learner.corpus.labels[ids])
+    store.collect(stale)
+    assert sorted((tmp_path / "store").rglob("*")) == here
+    learner.close()
+    store.collect(stale)
+    assert store.entries() == [] and store.runs() == []
 
 
 def test_a_labelling_session_closed_for_weeks_keeps_its_rounds(given, tmp_path):
