@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -220,7 +220,7 @@ def stream(
 # %% ../nbs/00_config.ipynb #88426723
 def write_atomic(
     path: Path,  # the file to make or replace
-    data: str | bytes,  # its whole content
+    data: str | bytes | Callable[[str], None],  # its whole content, or what writes it to a file of the name it is given
 ) -> Path:
     "Write `data` to `path` all at once or not at all; `UserError` when there is no room or no permission."
     path = Path(path)
@@ -230,9 +230,12 @@ def write_atomic(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
             temporary = f.name
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+            if not callable(data):
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+        if callable(data):
+            data(temporary)
         os.chmod(temporary, 0o644)  # a temporary file is private; a result is not
         os.replace(temporary, path)
     except (OSError, ValueError) as e:  # a name the file system cannot hold is a ValueError

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'ENTRY', 'SCORES', 'WEIGHTS', 'ENTRY_PATH', 'KEEP', 'source_version', 'engine_version', 'key_of', 'Made',
-           'Miss', 'read_entry', 'write_entry', 'read_file', 'file_hash', 'weight_bytes', 'damage', 'wanted',
+           'Miss', 'read_entry', 'write_entry', 'read_file', 'file_hash', 'on_cpu', 'write_weights', 'damage', 'wanted',
            'store_path', 'Store', 'name_of', 'value', 'read', 'weights', 'take_back', 'drop_weights', 'claim',
            'read_run_file', 'close', 'runs', 'is_live', 'entries', 'check', 'garbage', 'collect', 'n_bytes',
            'existing_store', 'check_store', 'collect_garbage']
 
-# %% ../nbs/10_store.ipynb #8965e7fa
+# %% ../nbs/10_store.ipynb #2fce880e
 import ast
+import errno
 import inspect
 import json
 import os
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from textwrap import dedent
 
@@ -30,6 +32,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from . import encoder, scoring, tokens, training
 from .config import UserError, fingerprint, project_root, stream, stream_seed, write_atomic
@@ -116,19 +119,39 @@ def read_file(
         raise Miss(f"is damaged ({name} does not have the hash it was written with)")
     return data
 
-# %% ../nbs/10_store.ipynb #734b64f4
+# %% ../nbs/10_store.ipynb #744203ea
 def file_hash(
-    data: bytes,
+    data: bytes,  # or anything else that has a buffer
 ) -> dict:
     "What is noted of a file: its hash and its size."
     return {"sha256": sha256(data).hexdigest(), "bytes": len(data)}
 
 
-def weight_bytes(
+def on_cpu(
     weights: dict[str, torch.Tensor],
-) -> bytes:
-    "The weights as safetensors; the same weights are the same bytes."
-    return safetensors.torch.save({name: w.detach().cpu().contiguous() for name, w in weights.items()})
+) -> dict[str, torch.Tensor]:
+    "The weights as safetensors can write them; the same weights are the same bytes."
+    return {name: w.detach().cpu().contiguous() for name, w in weights.items()}
+
+
+def write_weights(
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+) -> dict:
+    "Write the weights without a copy in memory; what is noted of the file."
+    noted = {}
+
+    def write(path: str):
+        try:
+            safetensors.torch.save_file(on_cpu(weights), path)
+        except SafetensorError as e:  # what the operating system said is in its text
+            code = int((re.findall(r"os error (\d+)", str(e)) or [errno.EIO])[0])
+            raise OSError(code, os.strerror(code)) from e
+        with open(path, "rb") as f, mmap(f.fileno(), 0, access=ACCESS_READ) as data:
+            noted.update(file_hash(data))
+
+    write_atomic(folder / WEIGHTS, write)
+    return noted
 
 # %% ../nbs/10_store.ipynb #7ab0af0a
 def damage(
@@ -280,7 +303,7 @@ def _lock(self: Store, key: str, name: str) -> Iterator[None]:
 
 Store._lock = _lock
 
-# %% ../nbs/10_store.ipynb #f015d443
+# %% ../nbs/10_store.ipynb #9d05da05
 def read(
     self: Store,
     key: str,
@@ -300,17 +323,16 @@ Store.read = read
 
 def _write(self: Store, key: str, parts: dict, made: Made):
     "Put an entry; without room for it nothing of it stays."
-    folder, data = self.folder(key), {}
-    if made.arrays:
-        data[SCORES] = safetensors.numpy.save(made.arrays)
-    if made.weights is not None:
-        data[WEIGHTS] = weight_bytes(made.weights)
-    content = {"engine": self.engine, "parts": parts, "value": made.value, "files": {name: file_hash(d) for name, d in data.items()}}
-    kept = WEIGHTS in data and self._make_room(len(data[WEIGHTS]))
+    folder, files = self.folder(key), {}
+    kept = made.weights is not None and self._make_room(sum(w.nbytes for w in made.weights.values()))
     try:
-        for name in data if kept else data.keys() - {WEIGHTS}:
-            write_atomic(folder / name, data[name])
-        write_entry(folder, content | {"weights_kept": kept})
+        if made.arrays:
+            scores = safetensors.numpy.save(made.arrays)
+            files[SCORES] = file_hash(scores)
+            write_atomic(folder / SCORES, scores)
+        if kept:
+            files[WEIGHTS] = write_weights(folder, made.weights)
+        write_entry(folder, {"engine": self.engine, "parts": parts, "value": made.value, "files": files, "weights_kept": kept})
     except BaseException:
         self._clear(key)
         raise
@@ -352,7 +374,7 @@ def weights(
 
 Store.weights = weights
 
-# %% ../nbs/10_store.ipynb #c472ba94
+# %% ../nbs/10_store.ipynb #5b7bd63b
 def take_back(
     self: Store,
     key: str,
@@ -360,7 +382,7 @@ def take_back(
 ):
     "Keep weights that were trained again if the run's policy wants them; `UserError` when they are not those of the first time."
     with suppress(Miss), self._lock(key, "a round"):
-        content, data = read_entry(self.folder(key)), weight_bytes(weights)
+        content, data = read_entry(self.folder(key)), safetensors.torch.save(on_cpu(weights))
         first = content["files"].setdefault(WEIGHTS, file_hash(data))
         if first != file_hash(data):
             raise UserError(f"store {self.path}: training {name_of(content['parts'])} again gave other weights than the first time; use another store on this machine")
