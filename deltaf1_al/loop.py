@@ -242,6 +242,7 @@ def ask(self: ActiveLearner) -> np.ndarray:
 
 ActiveLearner.ask = ask
 
+# %% ../nbs/11_loop.ipynb #992ea7b8
 def _most_uncertain(self: ActiveLearner, left: np.ndarray, n: int, round: int) -> np.ndarray:
     "The `n` candidates the query strategy wants most; each is scored once."
     config, clock = self.config, Clock()

@@ -406,10 +406,10 @@ def drop_weights(self: Store, folder: Path) -> bool:
 
 Store.drop_weights = drop_weights
 
-# %% ../nbs/10_store.ipynb #0ad7a1ba
+# %% ../nbs/10_store.ipynb #d1179433
 def claim(
     self: Store,
-    place: Path,  # the folder the run writes to, or its journal; the run refers to its rounds as long as this exists
+    place: Path,  # the run's folder or its journal; its rounds are garbage once this is gone and the run is not in progress
     name: str,  # `RunConfig.hash`
 ):
     "Register a run; `UserError` while another process runs in the same place."
@@ -428,8 +428,8 @@ def claim(
     except OSError as e:
         return self._give_up_writing(e)
     known = read_run_file(path)
-    entries = known["entries"] if known.get("name") == name else {}
-    entries = {entry: start for entry, start in entries.items() if entry.startswith(self.engine)}
+    before = known["entries"] if known.get("name") == name else {}
+    entries = {entry: start for entry, start in before.items() if entry.startswith(self.engine)}
     self.run = {"name": name, "place": place, "keep": self.keep, "entries": entries, "file": path.name}
     if entries:
         self._save_run(wanted(known))
@@ -437,7 +437,7 @@ def claim(
 
 Store.claim = claim
 
-
+# %% ../nbs/10_store.ipynb #bf07339d
 def read_run_file(
     path: Path,
 ) -> dict:
@@ -492,7 +492,7 @@ def _is_held(self: Store, lock: Path) -> bool:
 
 Store._is_held = _is_held
 
-# %% ../nbs/10_store.ipynb #0d084a52
+# %% ../nbs/10_store.ipynb #ba9168f5
 def _refer(self: Store, key: str, start: str | None):
     "Add an entry to the run's list."
     entry = f"{self.engine}/{key}"
@@ -516,7 +516,7 @@ def _save_run(self: Store, before: set[str]):
 
 Store._save_run = _save_run
 
-
+# %% ../nbs/10_store.ipynb #66aca1a0
 def _make_room(self: Store, n_bytes: int) -> bool:
     "Whether weights of that size fit the limit, after those unused for longest have gone; what other runs in progress want stays."
     if not self.limit:
@@ -559,7 +559,7 @@ def check(self: Store) -> list[str]:
 
 Store.check = check
 
-# %% ../nbs/10_store.ipynb #84def225
+# %% ../nbs/10_store.ipynb #d88e987d
 def garbage(self: Store) -> list[Path]:
     "Entries no run refers to, weights no policy keeps, leftovers of processes that died, and runs whose folder is gone."
     runs = self.runs()
@@ -573,18 +573,14 @@ def garbage(self: Store) -> list[Path]:
     found = [self.path / "runs" / run["file"] for run in runs if run not in kept]
     for folder in self.entries():
         name = f"{folder.parents[1].name}/{folder.name}"
-        if name not in referred:
-            found.append(folder)
-            continue
-        found += [p for p in folder.iterdir() if p.name not in (ENTRY, SCORES, WEIGHTS, ".lock")]
-        if name not in weights and (folder / WEIGHTS).exists():
-            found.append(folder / WEIGHTS)
+        needed = {ENTRY, SCORES, ".lock"} | ({WEIGHTS} if name in weights else set())
+        found += [p for p in folder.iterdir() if p.name not in needed] if name in referred else [folder]
     return found
 
 
 Store.garbage = garbage
 
-
+# %% ../nbs/10_store.ipynb #31646b92
 def collect(self: Store, found: list[Path]):
     "Remove what `garbage` found and still finds; nothing that some process holds."
     for path in set(found) & set(self.garbage()):
@@ -603,7 +599,7 @@ def collect(self: Store, found: list[Path]):
 
 Store.collect = collect
 
-# %% ../nbs/10_store.ipynb #ad861ca1
+# %% ../nbs/10_store.ipynb #31196371
 def n_bytes(
     paths: list[Path],
 ) -> int:
@@ -636,7 +632,7 @@ def check_store(
     if wrong:
         raise SystemExit(1)
 
-
+# %% ../nbs/10_store.ipynb #033dba08
 def collect_garbage(
     yes: bool = False,  # remove without asking
     path: str = "",  # empty = `DELTAF1_AL_STORE`, or `store/` in the project
