@@ -375,18 +375,18 @@ ActiveLearner._metrics = _metrics
 
 def _record(self: ActiveLearner, made: Made, key: str, found: bool, switched: bool) -> RoundRecord:
     "The round's record out of its parts; the trigger sees it."
-    round, training = len(self.records), Training(**made.value["training"])
-    scores, self.decided, interval = self._metrics(made.arrays["logits"], round)
+    number, training = len(self.records), made.value["training"]
+    scores, self.decided, interval = self._metrics(made.arrays["logits"], number)
     self.trigger.observe(scores["val_macro_f1"])
-    work = {"train": training.work, "score": self.asking.get("work", asdict(Work())), "eval": made.value["evaluation"]}
+    work = {"train": training["work"], "score": self.asking.get("work", asdict(Work())), "eval": made.value["evaluation"]}
     counts = {f"{phase}_{name}": w[name] for phase, w in work.items() for name in ("texts", "tokens", "padded_tokens", "flops")}
     seconds = made.value["seconds"] | self.asking.get("seconds", {})
     return RoundRecord(
-        round=round, plan=self.plans[-1].name, n_labeled=int(sum(map(len, self.bought))), n_trained=len(self._rows(round)),
+        round=number, plan=self.plans[-1].name, n_labeled=int(sum(map(len, self.bought))), n_trained=len(self._rows(number)),
         val_macro_f1=scores.pop("val_macro_f1"), test_macro_f1=scores.pop("test_macro_f1", None), delta_f1=self.trigger.delta,
-        delta_f1_interval=interval, below_epsilon=self.trigger.below, switched=switched, train_epochs=len(training.losses),
-        train_loss=training.losses[-1], stopped_by=training.stopped_by, train_steps=training.work["batches"],
-        train_examples=counts.pop("train_texts"), **counts, seconds={p: float(f"{seconds.get(p, 0.0):.4f}") for p in PHASES},
+        delta_f1_interval=interval, below_epsilon=self.trigger.below, switched=switched, train_epochs=len(training["losses"]),
+        train_loss=training["losses"][-1], stopped_by=training["stopped_by"], train_steps=training["work"]["batches"],
+        train_examples=counts.pop("train_texts"), **counts, seconds={p: round(seconds.get(p, 0.0), 4) for p in PHASES},
         queried=self.bought[-1].tolist(), key=key, reused=found, scores=scores,
     )  # fmt: skip
 

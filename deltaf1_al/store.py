@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'ENTRY', 'SCORES', 'WEIGHTS', 'ENTRY_PATH', 'KEEP', 'source_version', 'engine_version', 'key_of', 'Made',
-           'Miss', 'read_entry', 'write_entry', 'read_file', 'file_hash', 'on_cpu', 'write_weights', 'damage', 'wanted',
-           'store_path', 'Store', 'name_of', 'value', 'read', 'weights', 'take_back', 'drop_weights', 'claim',
-           'read_run_file', 'close', 'runs', 'is_live', 'entries', 'check', 'garbage', 'collect', 'n_bytes',
-           'existing_store', 'check_store', 'collect_garbage']
+           'Miss', 'read_entry', 'write_entry', 'read_file', 'file_hash', 'on_cpu', 'write_weights', 'damage',
+           'entry_of', 'wanted', 'store_path', 'Store', 'name_of', 'value', 'read', 'weights', 'take_back',
+           'drop_weights', 'claim', 'read_run_file', 'close', 'runs', 'is_live', 'entries', 'check', 'garbage',
+           'collect', 'n_bytes', 'existing_store', 'check_store', 'collect_garbage']
 
 # %% ../nbs/10_store.ipynb #2fce880e
 import ast
@@ -167,6 +167,13 @@ def damage(
         return str(miss)
     return ""
 
+# %% ../nbs/10_store.ipynb #8638069a
+def entry_of(
+    folder: Path,  # of an entry
+) -> str:
+    "What a run calls it: `<engine>/<key>`."
+    return f"{folder.parents[1].name}/{folder.name}"
+
 # %% ../nbs/10_store.ipynb #3e8aced6
 KEEP = {
     "last": lambda rounds: list(rounds)[-1:],
@@ -190,7 +197,7 @@ def store_path(
     "Where rounds are kept: what was given, or `DELTAF1_AL_STORE`, or `store/`, relative to the project."
     return project_root() / Path(given or os.environ.get("DELTAF1_AL_STORE") or "store").expanduser()
 
-# %% ../nbs/10_store.ipynb #6486a804
+# %% ../nbs/10_store.ipynb #9e4177d4
 class Store:
     "Values by key, in a folder that any number of processes use at once."
 
@@ -223,9 +230,9 @@ class Store:
         self.writable = False
         self.say(f"store {self.path} cannot be written ({e.strerror}): rounds found there are used, new ones are not kept")
 
-    def folder(self, key: str) -> Path:
-        "Where the entry with that key lies."
-        return self.path / self.engine / key[:2] / key
+    def folder(self, key: str, engine: str = "") -> Path:
+        "Where the entry with that key lies; of this engine unless another is named."
+        return self.path / (engine or self.engine) / key[:2] / key
 
 # %% ../nbs/10_store.ipynb #4cbf3a58
 def name_of(
@@ -374,7 +381,7 @@ def weights(
 
 Store.weights = weights
 
-# %% ../nbs/10_store.ipynb #5b7bd63b
+# %% ../nbs/10_store.ipynb #d1a47a08
 def take_back(
     self: Store,
     key: str,
@@ -386,7 +393,7 @@ def take_back(
         first = content["files"].setdefault(WEIGHTS, file_hash(data))
         if first != file_hash(data):
             raise UserError(f"store {self.path}: training {name_of(content['parts'])} again gave other weights than the first time; use another store on this machine")
-        is_wanted = f"{self.engine}/{key}" in wanted(self.run) if self.run else self.keep != "none"
+        is_wanted = entry_of(self.folder(key)) in wanted(self.run) if self.run else self.keep != "none"
         if self.writable and is_wanted and self._make_room(len(data)):
             write_atomic(self.folder(key) / WEIGHTS, data)
             write_entry(self.folder(key), content | {"weights_kept": True})
@@ -459,13 +466,21 @@ def close(self: Store):
 
 Store.close = close
 
-# %% ../nbs/10_store.ipynb #a280d1ea
+# %% ../nbs/10_store.ipynb #31b3b73d
 def runs(self: Store) -> list[dict]:
     "The runs the store knows."
     return [run for path in sorted((self.path / "runs").glob("*.json")) if (run := read_run_file(path))]
 
 
 Store.runs = runs
+
+
+def _other_runs(self: Store) -> list[dict]:
+    "The runs without the one that `claim` named."
+    return [run for run in self.runs() if self.run is None or run["file"] != self.run["file"]]
+
+
+Store._other_runs = _other_runs
 
 
 def is_live(self: Store, run: dict) -> bool:
@@ -492,10 +507,10 @@ def _is_held(self: Store, lock: Path) -> bool:
 
 Store._is_held = _is_held
 
-# %% ../nbs/10_store.ipynb #ba9168f5
+# %% ../nbs/10_store.ipynb #5da76e2e
 def _refer(self: Store, key: str, start: str | None):
     "Add an entry to the run's list."
-    entry = f"{self.engine}/{key}"
+    entry = entry_of(self.folder(key))
     if self.run and entry not in self.run["entries"]:
         before = wanted(self.run)
         self.run["entries"][entry] = start
@@ -509,14 +524,14 @@ def _save_run(self: Store, before: set[str]):
     "Write the run's list; the weights it wanted `before` and no run wants now are dropped."
     write_atomic(self.path / "runs" / self.run["file"], json.dumps(self.run))
     if gone := before - wanted(self.run):
-        others = [wanted(run) for run in self.runs() if run["file"] != self.run["file"]]
-        for entry in gone.difference(*others):
-            self.drop_weights(self.path / entry.replace("/", f"/{entry.split('/')[1][:2]}/"))
+        for entry in gone.difference(*map(wanted, self._other_runs())):
+            engine, key = entry.split("/")
+            self.drop_weights(self.folder(key, engine))
 
 
 Store._save_run = _save_run
 
-# %% ../nbs/10_store.ipynb #66aca1a0
+# %% ../nbs/10_store.ipynb #e8738691
 def _make_room(self: Store, n_bytes: int) -> bool:
     "Whether weights of that size fit the limit, after those unused for longest have gone; what other runs in progress want stays."
     if not self.limit:
@@ -526,10 +541,9 @@ def _make_room(self: Store, n_bytes: int) -> bool:
         with suppress(FileNotFoundError):  # another process has just dropped it
             files.append((path.stat().st_mtime, path.stat().st_size, path))
     over = sum(size for _, size, _ in files) + n_bytes - self.limit * 1e9
-    others = [run for run in self.runs() if self.run is None or run["file"] != self.run["file"]]
-    busy = set().union(*(wanted(run) for run in others if self.is_live(run)))
+    busy = set().union(*(wanted(run) for run in self._other_runs() if self.is_live(run)))
     for _, size, path in sorted(files):
-        if over > 0 and f"{path.parents[2].name}/{path.parent.name}" not in busy and self.drop_weights(path.parent):
+        if over > 0 and entry_of(path.parent) not in busy and self.drop_weights(path.parent):
             over -= size
     if over > 0:
         self.say(f"store: store_limit is {self.limit:g} GB, which holds no more weights; those of this round are not kept")
@@ -559,7 +573,7 @@ def check(self: Store) -> list[str]:
 
 Store.check = check
 
-# %% ../nbs/10_store.ipynb #d88e987d
+# %% ../nbs/10_store.ipynb #55edaf67
 def garbage(self: Store) -> list[Path]:
     "Entries no run refers to, weights no policy keeps, leftovers of processes that died, and runs whose folder is gone."
     runs = self.runs()
@@ -572,7 +586,7 @@ def garbage(self: Store) -> list[Path]:
     weights = set().union(*(run["entries"] if run["file"] in live else wanted(run) for run in kept))
     found = [self.path / "runs" / run["file"] for run in runs if run not in kept]
     for folder in self.entries():
-        name = f"{folder.parents[1].name}/{folder.name}"
+        name = entry_of(folder)
         needed = {ENTRY, SCORES, ".lock"} | ({WEIGHTS} if name in weights else set())
         found += [p for p in folder.iterdir() if p.name not in needed] if name in referred else [folder]
     return found

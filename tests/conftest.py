@@ -15,7 +15,7 @@ TINY = {  # a run of a second or two once the kernel is up
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="also run the tests that take an hour")
+    parser.addoption("--long", action="store_true", help="also run the 104 kills, which take some minutes")
 
 
 @pytest.fixture(scope="session", autouse=True)

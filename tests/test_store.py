@@ -41,9 +41,8 @@ def run(given, answer=None, die=None, start=None):
         setattr(os, name, lambda *args: real(*args) if next(calls, None) is not None else os.kill(os.getpid(), signal.SIGKILL))
     if start:
         start.wait()
-    config = resolve(**given)
-    folder, store = RunFolder(config), open_store(config, say=lambda line: said.append(line))
-    said = []
+    config, said = resolve(**given), []
+    folder, store = RunFolder(config), open_store(config, said.append)
     learner = ActiveLearner(config, load_corpus(config), store)
     simulate(learner, folder.append)
     folder.finish(learner)
@@ -196,7 +195,7 @@ def harm_weights(path):
 
 
 @pytest.mark.parametrize("harm", [harm_weights, lambda path: os.truncate(path, 1000), lambda path: path.unlink()], ids=["bit", "cut", "gone"])
-def test_damaged_weights_are_trained_again(given, tmp_path, harm, monkeypatch):
+def test_damaged_weights_are_trained_again(given, tmp_path, harm):
     "The tail of a hybrid forks from weights that are no longer what they were."
     this = given("fine-tune", out_dir=str(tmp_path / "run"), store=str(tmp_path / "store"), keep="all")
     expected, _ = alone(given("fine-tune"), tmp_path / "alone")
