@@ -51,7 +51,7 @@ _ALLOWED = {
     "n_rounds": (0, 10**4), "n_val": (10, 10**7), "n_test": (0, 10**7), "pool_size": (0, 10**8), "candidate_size": (0, 10**8),
     "max_length": (4, 8192), "batch_size": (1, 4096), "learning_rate": (1e-8, 1), "weight_decay": (0, 1), "warmup": (0, 1),
     "max_grad_norm": (1e-6, 1e6), "max_epochs": (1, 10**4), "target_loss": (0, 100), "min_steps": (1, 10**6),
-    "batch_tokens": (64, 2**24), "precision": ("auto", "bf16", "fp32"), "device": ("auto", "cpu", "cuda"),
+    "batch_tokens": (64, 2**24), "step_tokens": (0, 2**24), "precision": ("auto", "bf16", "fp32"), "device": ("auto", "cpu", "cuda"),
     "keep": ("last", "forks", "all", "none"), "store_limit": (0, 10**6),
 }  # fmt: skip
 
@@ -135,7 +135,8 @@ class RunConfig(_Config):
     min_steps: int = 20  # but never before this many optimiser steps
     precision: str = "auto"  # auto (bf16 where the hardware has it natively), bf16 or fp32
     device: str = "auto"  # auto (cuda where there is one), cpu or cuda
-    batch_tokens: int = 8192  # padded tokens in one scoring batch
+    batch_tokens: int = 4096  # padded tokens in one scoring batch
+    step_tokens: int = 0  # tokens that go through the model at once in training; a batch with more is worked off in parts; 0 = no limit
     text_column: str = "text"  # for data of your own
     label_columns: str = "label"  # for data of your own; several names, comma-separated, make it multi-label
     split: str = ""  # path of a split saved by `split_saver`, with its own sizes; empty = drawn from the seed

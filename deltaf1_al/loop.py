@@ -22,13 +22,14 @@ from . import __version__, query
 from .config import RunConfig, UserError, choose, fingerprint, stream, write_atomic
 from .corpus import Corpus
 from .encoder import Encoder, encoder_path, environment, hardware, load_encoder
+from .engine import engine_for
 from .metrics import decide, delta_f1_interval, report, tune_thresholds
 from .query import QUERIES, draw, top
 from .scoring import probabilities, score
 from .store import Made, Store, key_of, source_version, store_path
 from .strategy import STRATEGIES, Plan
 from .tokens import tokenize
-from .training import Clock, Training, Work, train
+from .training import Clock, Progress, Training, Work, train
 from .trigger import DeltaF1
 
 # %% ../nbs/11_loop.ipynb #29e9154f
@@ -105,14 +106,16 @@ class ActiveLearner:
         store: Store | None = None,  # where finished rounds are looked for and kept
         journal: Path | None = None,  # a file of what was asked and told; where there is one, the learner goes on from its end
         trigger: DeltaF1 | None = None,  # None = `DeltaF1(config.epsilon, config.k)`
+        say: Callable[[str], None] = lambda line: None,  # told how far a long phase is
     ):
         check_run(config)
-        self.config, self.corpus, self.store, self.clock = config, corpus, store, Clock()
+        self.config, self.corpus, self.store, self.clock, self.say = config, corpus, store, Clock(), say
         self.strategy, self.uncertainty = STRATEGIES[config.strategy], QUERIES[config.query]
         self.trigger = trigger or DeltaF1(config.epsilon, config.k)
         with self.clock("load"):
             device, dtype = hardware(config.device, config.precision)
             self.loaded = load_encoder(config.encoder, len(corpus.label_names), config.seed, device, dtype, config.max_length)
+            self.engine = engine_for(self.loaded)
             self.tokens = tokenize(corpus.texts, self.loaded.tokenizer, config.max_length)
         self.labels = np.full_like(corpus.labels, -1)  # what has been told
         self.bought: list[np.ndarray] = []  # ids by round
@@ -135,8 +138,8 @@ class ActiveLearner:
         "The pool ids without a label, ascending."
         return np.setdiff1d(self.corpus.pool, np.concatenate([*self.bought, np.array([], dtype=np.int64)]))
 
-# %% ../nbs/11_loop.ipynb #0ee3cceb
-SETTINGS = ("seed", "max_length", "batch_size", "learning_rate", "weight_decay", "warmup", "max_grad_norm", "max_epochs", "target_loss", "min_steps", "batch_tokens")
+# %% ../nbs/11_loop.ipynb #a266eec1
+SETTINGS = ("seed", "max_length", "batch_size", "learning_rate", "weight_decay", "warmup", "max_grad_norm", "max_epochs", "target_loss", "min_steps", "batch_tokens", "step_tokens")
 
 
 def _common(self: ActiveLearner) -> dict:
@@ -213,13 +216,13 @@ def _restore(self: ActiveLearner, round: int):
 
 ActiveLearner._restore = _restore
 
-# %% ../nbs/11_loop.ipynb #364cbc39
+# %% ../nbs/11_loop.ipynb #0df64f00
 def _fit(self: ActiveLearner, round: int) -> Training:
     "Train as a round does; where it goes on from the round before, the model has to be there."
     rows = self._rows(round)
     if self.plans[round].start == "fresh":
         self.loaded.reset()
-    return train(self.loaded, self.tokens, rows, self.labels[rows], self.config, round)
+    return train(self.engine, self.tokens, rows, self.labels[rows], self.config, round, Progress("training", self.say))
 
 
 ActiveLearner._fit = _fit
@@ -242,7 +245,7 @@ def ask(self: ActiveLearner) -> np.ndarray:
 
 ActiveLearner.ask = ask
 
-# %% ../nbs/11_loop.ipynb #992ea7b8
+# %% ../nbs/11_loop.ipynb #5a00ff16
 def _most_uncertain(self: ActiveLearner, left: np.ndarray, n: int, round: int) -> np.ndarray:
     "The `n` candidates the query strategy wants most; each is scored once."
     config, clock = self.config, Clock()
@@ -251,9 +254,9 @@ def _most_uncertain(self: ActiveLearner, left: np.ndarray, n: int, round: int) -
         candidates = left
         if 0 < config.candidate_size < len(left):
             candidates = np.sort(draw(left, self.corpus.pool, config.candidate_size, config.seed, "candidates", round))
-        model = self.encoder
+        self._restore(round - 1)
         with clock("score"):
-            scores = score(model, self.tokens, candidates, config.batch_tokens)
+            scores = score(self.engine, self.tokens, candidates, config.batch_tokens, tick=Progress("scoring", self.say))
         with clock("query"):
             probs = probabilities(scores.logits, self.corpus.multilabel)
             ids = top(self.uncertainty(probs, self.corpus.multilabel), candidates, n)
@@ -324,24 +327,24 @@ def tell(
 
 ActiveLearner.tell = tell
 
-# %% ../nbs/11_loop.ipynb #770974ce
+# %% ../nbs/11_loop.ipynb #a3447d84
 def _train_and_evaluate(self: ActiveLearner, round: int) -> Made:
     "What a round computes: weights, scores of the validation and the test set, and what they cost."
     if self.plans[round].start != "fresh":
         self._restore(round - 1)
-    model, before, clock = self.loaded, self.loaded.state(), Clock()
+    model, before, clock = self.loaded.model, self.loaded.state(), Clock()
     try:
         with clock("train"):
             training = self._fit(round)
         with clock("evaluate"):
-            scores = score(model, self.tokens, np.concatenate([self.corpus.val, self.corpus.test]), self.config.batch_tokens)
+            scores = score(self.engine, self.tokens, np.concatenate([self.corpus.val, self.corpus.test]), self.config.batch_tokens)
     except BaseException:
-        model.model.load_state_dict(before)
+        model.load_state_dict(before)
         raise
     self.holds = round
     value = {"training": asdict(training), "evaluation": asdict(scores.work), "seconds": self.clock.seconds | clock.seconds}
     keeps = self.store and self.store.keep != "none"
-    return Made(value, {"logits": scores.logits}, model.model.state_dict() if keeps else None)
+    return Made(value, {"logits": scores.logits}, model.state_dict() if keeps else None)
 
 
 ActiveLearner._train_and_evaluate = _train_and_evaluate

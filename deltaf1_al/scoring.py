@@ -6,12 +6,13 @@
 __all__ = ['Scores', 'score', 'probabilities']
 
 # %% ../nbs/05_scoring.ipynb #d6311639
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .encoder import Encoder
+from .engine import Engine
 from .tokens import Tokens, scoring_batches
 from .training import Work
 
@@ -25,29 +26,28 @@ class Scores:
     work: Work
 
 # %% ../nbs/05_scoring.ipynb #967cd6f5
-@torch.inference_mode()
 def score(
-    encoder: Encoder,
+    engine: Engine,
     tokens: Tokens,
     rows: np.ndarray,  # (n,) ids of the texts to score
     batch_tokens: int,  # padded tokens in a batch
     embeddings: bool = False,  # whether to keep the input of the last layer
+    tick: Callable[[float], None] = lambda done: None,  # told after each batch which share of the work is done
 ) -> Scores:
     "Logits, and embeddings if asked for, of the rows; each text goes through the model once."
-    lengths, work, seen = tokens.lengths[rows], Work(), []
-    logits = np.empty((len(rows), encoder.head.out_features), dtype=np.float32)
-    kept = np.empty((len(rows), encoder.head.in_features), dtype=np.float32) if embeddings else None
-    hook = encoder.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) if embeddings else None
-    encoder.model.eval()
-    for batch in scoring_batches(lengths, batch_tokens):
-        ids, mask = (torch.from_numpy(part).to(encoder.device, non_blocking=True) for part in tokens.batch(rows[batch]))
-        with encoder.autocast():
-            logits[batch] = encoder.model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
-        if embeddings:
-            kept[batch] = seen.pop().float().cpu().numpy()
-        work.add(lengths[batch], encoder.flops)
-    if hook:
-        hook.remove()
+    texts, work, head = tokens.take(rows), Work(), engine.encoder.head
+    logits = np.empty((len(rows), head.out_features), dtype=np.float32)
+    kept = np.empty((len(rows), head.in_features), dtype=np.float32) if embeddings else None
+    engine.refresh()
+    with torch.inference_mode():
+        for chosen in scoring_batches(texts.lengths, batch_tokens):
+            batch = texts.pack(chosen)
+            found, inputs = engine(batch)
+            logits[batch.rows] = found.cpu().numpy()
+            if embeddings:
+                kept[batch.rows] = inputs.float().cpu().numpy()
+            work.add(batch, engine)
+            tick(work.tokens / len(texts.ids))
     return Scores(logits, kept, work)
 
 # %% ../nbs/05_scoring.ipynb #0905e42e
