@@ -39,7 +39,7 @@ def random_bits(
         return np.random.Philox(key=key, counter=[tick, 0, step, 0]).random_raw(4 * min(CHUNK, end - tick))
 
     ticks = range(first, end, CHUNK)
-    if len(ticks) == 1:
+    if len(ticks) < 2:
         bits = draw(first)
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
