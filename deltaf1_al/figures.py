@@ -6,7 +6,8 @@
 __all__ = ['COMMON', 'STYLES', 'LOOKS', 'SPARE', 'VARIANTS', 'TITLES', 'SHADES', 'PHASE_COLUMNS', 'HEAT', 'METADATA', 'style',
            'new_figure', 'looks_of', 'unit_of', 'axis_title', 'spread', 'label_ends', 'one_comparison', 'mean_curve',
            'learning_curves', 'switch_points', 'mark_epsilon', 'mark_switches', 'delta_f1_trend', 'row_names',
-           'switch_timing', 'phase_costs', 'cost_by_phase', 'run_figure', 'heat_map', 'heat_maps', 'save_figure']
+           'switch_timing', 'phase_costs', 'cost_by_phase', 'run_figure', 'heat_map', 'heat_maps', 'speed_bars',
+           'save_figure']
 
 # %% ../nbs/13_figures.ipynb #a914eb9e
 import io
@@ -407,6 +408,28 @@ def heat_maps(
     for ax, value in zip(axes, HEAT):
         heat_map(ax, table, value)
     return fig
+
+# %% ../nbs/13_figures.ipynb #sp000002
+def speed_bars(
+    table: pd.DataFrame,  # by contender: `round_ratio`, `round_least`, `round_most`, `no_ratio_because`
+    ax: plt.Axes = None,  # where to draw; default a new figure
+) -> plt.Figure:
+    "Horizontal bars: seconds of a round over those of the first contender, median over the turns, whiskers from least to largest."
+    others = table.iloc[1:]
+    if ax is None:
+        _, (ax,) = new_figure((0.35 + 0.12 * len(others),))
+    ratio, rows, size = others["round_ratio"], range(len(others)), mpl.rcParams["font.size"] * 0.9
+    around = np.nan_to_num([ratio - others["round_least"], others["round_most"] - ratio])
+    ax.barh(rows, ratio.fillna(0), height=0.62, color=SHADES["train"], xerr=around, error_kw={"lw": 0.8, "capsize": 2, "ecolor": "0.2"})
+    for row, (value, most, why) in enumerate(zip(ratio, others["round_most"], others["no_ratio_because"])):
+        text, at = (why, 0) if why else (f"{value:.1f}x", most)
+        ax.annotate(text, (at, row), (4, 0), textcoords="offset points", va="center", size=size)
+    ax.axvline(1, color="0.2", lw=0.8)
+    ax.set(xlabel=f"seconds a round, {table.index[0]} = 1", ylim=(len(others) - 0.5, -0.5), xlim=(0, 1.15 * max(1.2, np.nanmax([1.0, *others["round_most"]]))))
+    ax.set_yticks(rows, list(others.index))
+    ax.tick_params(axis="y", length=0)
+    ax.grid(False)
+    return ax.figure
 
 # %% ../nbs/13_figures.ipynb #efee16d3
 METADATA = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None, "Producer": None}}

@@ -21,7 +21,7 @@ import numpy as np
 from . import __version__, query
 from .config import RunConfig, UserError, choose, fingerprint, stream, write_atomic
 from .corpus import Corpus
-from .encoder import Encoder, encoder_path, environment, hardware, load_encoder
+from .encoder import Encoder, encoder_path, environment, hardware, load_encoder, peak_memory
 from .engine import engine_for
 from .metrics import decide, delta_f1_interval, report, tune_thresholds
 from .query import QUERIES, draw, top
@@ -563,6 +563,7 @@ class RunFolder:
     def finish(self, learner: ActiveLearner) -> dict:
         "Write the summary, the mark of success, and return it."
         summary = run_summary(learner) | {"version": __version__, "environment": environment(learner.loaded.device)}
+        summary["peak_memory"] = peak_memory(learner.loaded.device)
         write_atomic(self.path / "summary.json", json.dumps(summary, indent=1))
         return summary
 

@@ -155,7 +155,8 @@ def test_papermill_another_run_in_out_dir_is_left_alone(papermill):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_keeps_its_rounds_and_goes_on(papermill, sent, tmp_path):
-    process, folder = papermill(wait=False, n_rounds=12)
+    longer = dict(n_rounds=12, max_epochs=60, target_loss=0.0)
+    process, folder = papermill(wait=False, **longer)
     for _ in range(1200):
         if len(rounds_of(folder)) >= 2 or process.poll() is not None:
             break
@@ -166,12 +167,12 @@ def test_a_stopped_run_keeps_its_rounds_and_goes_on(papermill, sent, tmp_path):
     kept = rounds_of(folder)
     assert 2 <= len(kept) < 13 and [r["round"] for r in kept] == list(range(len(kept)))
     assert not (folder / "summary.json").exists()
-    process, _ = papermill(n_rounds=12)
+    process, _ = papermill(**longer)
     assert process.returncode == 0, process.output
     resumed, summary = rounds_of(folder), json.loads((folder / "summary.json").read_text())
     assert len(kept) <= summary["rounds_reused"] < 13 == len(resumed)
     assert [r["seconds"] for r in resumed[: len(kept)]] == [r["seconds"] for r in kept]
-    _, alone = papermill(n_rounds=12, out_dir=str(tmp_path / "alone"), store=str(tmp_path / "another store"))
+    _, alone = papermill(**longer, out_dir=str(tmp_path / "alone"), store=str(tmp_path / "another store"))
     assert timeless(resumed) == timeless(rounds_of(alone))
 
 
