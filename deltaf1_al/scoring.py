@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .engine import Engine
+from .team import Team
 from .tokens import Tokens, scoring_batches
 from .training import Work
 
@@ -33,22 +34,31 @@ def score(
     batch_tokens: int,  # padded tokens in a batch
     embeddings: bool = False,  # whether to keep the input of the last layer
     tick: Callable[[float], None] = lambda done: None,  # told after each batch which share of the work is done
+    team: Team = Team(),  # noqa: B008, has no state; the processes that score together
 ) -> Scores:
     "Logits, and embeddings if asked for, of the rows; each text goes through the model once."
     texts, work, head = tokens.take(rows), Work(), engine.encoder.head
-    logits = np.empty((len(rows), head.out_features), dtype=np.float32)
-    kept = np.empty((len(rows), head.in_features), dtype=np.float32) if embeddings else None
+    logits = torch.zeros(len(rows), head.out_features)
+    kept = torch.zeros(len(rows), head.in_features) if embeddings else None
     engine.refresh()
     with torch.inference_mode():
-        for chosen in scoring_batches(texts.lengths, batch_tokens):
+        for number, chosen in enumerate(scoring_batches(texts.lengths, batch_tokens)):
             batch = texts.pack(chosen)
-            found, inputs = engine(batch)
-            logits[batch.rows] = found.cpu().numpy()
-            if embeddings:
-                kept[batch.rows] = inputs.float().cpu().numpy()
             work.add(batch, engine)
+            if number % team.size == team.rank:
+                found, inputs = engine(batch)
+                logits[batch.rows] = found.cpu()
+                if embeddings:
+                    kept[batch.rows] = inputs.float().cpu()
             tick(work.tokens / len(texts.ids))
-    return Scores(logits, kept, work)
+    return Scores(_gathered(logits, engine, team), _gathered(kept, engine, team) if embeddings else None, work)
+
+
+def _gathered(found: torch.Tensor, engine: Engine, team: Team) -> np.ndarray:
+    "What all processes found; each has zeros for what others scored."
+    if team.size > 1:
+        team.add([found := found.to(engine.device)])
+    return found.cpu().numpy()
 
 # %% ../nbs/05_scoring.ipynb #0905e42e
 def probabilities(

@@ -17,6 +17,7 @@ import torch
 
 from .config import RunConfig, UserError, stream, stream_seed
 from .engine import Engine, Flops
+from .team import Team
 from .tokens import Batch, Tokens, training_batches
 
 # %% ../nbs/04_training.ipynb #0e9787f9
@@ -149,6 +150,7 @@ def train(
     config: RunConfig,
     round: int,  # names the streams
     tick: Callable[[float], None] = lambda done: None,  # told after each step which share of the longest possible training is done
+    team: Team = Team(),  # noqa: B008, has no state; the processes that train together
 ) -> Training:
     "Train on the rows until the stopping rule says so; `UserError` when the loss is NaN or infinite."
     order, seed, done, decay = stream(config.seed, "order", round), stream_seed(config.seed, "dropout", round), Training(), 1.0
@@ -162,25 +164,30 @@ def train(
             total = torch.zeros((), device=engine.device)
             for chosen in training_batches(len(rows), config.batch_size, order):
                 batch = texts.pack(chosen)
-                total += len(chosen) * _step(engine, batch, targets, optimizer, config, (seed, done.work.batches))
+                total += len(chosen) * _step(engine, batch, targets, optimizer, config, (seed, done.work.batches), team)
                 decay *= 1 - schedule.get_last_lr()[0] * config.weight_decay
                 schedule.step()
                 done.work.add(batch, engine, passes=3)
                 tick(done.work.batches / steps)
+            team.add([total])
             done.losses.append(_finite(total.item() / len(rows), config, round, len(done.losses) + 1))
             done.stopped_by = stop_reason(done.losses, steps_per_epoch, config) or ""
     engine.widen(decay)
     return done
 
 # %% ../nbs/04_training.ipynb #b9d4db1d
-def _step(engine: Engine, batch: Batch, targets: torch.Tensor, optimizer, config: RunConfig, dropout: tuple[int, int]) -> torch.Tensor:
-    "One optimiser step; the batch's mean loss, still on the device."
-    total = torch.zeros((), device=engine.device)
-    for part in batch.split(config.step_tokens):
+def _step(engine: Engine, batch: Batch, targets: torch.Tensor, optimizer, config: RunConfig, dropout: tuple, team: Team) -> torch.Tensor:
+    "One optimiser step; this process's share of the batch's mean loss, still on the device."
+    total, parameters = torch.zeros((), device=engine.device), [p for group in optimizer.param_groups for p in group["params"]]
+    for part in team.parts(batch, config.step_tokens):
         loss = loss_of(engine(part, dropout)[0], targets[part.rows]) * (len(part.rows) / len(batch.rows))
         engine.backward(loss)
         total += loss.detach()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.max_grad_norm)
+    if team.size > 1:
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+        team.add([p.grad for p in parameters])
+    torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     engine.follow()

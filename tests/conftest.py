@@ -47,7 +47,7 @@ def papermill(tmp_path, tiny_encoder):
         )
         if wait:
             process.output, _ = process.communicate(timeout=600)
-        return process, Path(given["out_dir"])
+        return process, Path(given.get("out_dir", tmp_path))
 
     return start
 
