@@ -10,6 +10,7 @@ __all__ = ['CHUNK', 'FAMILIES', 'random_bits', 'dropout_mask', 'Place', 'places'
 # %% ../nbs/03b_engine.ipynb #e0000003
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -210,7 +211,6 @@ class Engine:
         dtype: torch.dtype | None = None,  # of matrix products; None = the encoder's
     ):
         self.encoder, self.model, self.device, self.dtype = encoder, encoder.model, encoder.device, dtype or encoder.dtype
-        self.flops = self.cost()
 
     def refresh(self):
         "Take up the weights that the encoder has now."
@@ -260,7 +260,8 @@ class Engine:
             hook.remove()
         return logits.float(), seen[0]
 
-    def cost(self) -> Flops:
+    @cached_property
+    def flops(self) -> Flops:
         "The `Flops` of a forward pass; `UserError` when they are no polynomial of degree two in the length of a text."
         one, two, three, four = (counted_flops(self, [length]) for length in (4, 8, 12, 16))
         square = (three - 2 * two + one) // (2 * 4 * 4)
@@ -328,7 +329,7 @@ class Packed(Engine):
         return batch.counts
 
 # %% ../nbs/03b_engine.ipynb #e0000017
-def _cost(self: Packed) -> Flops:
+def _flops(self: Packed) -> Flops:
     "In closed form: 2 for each weight that a token or a text meets, and attention's two products."
     d, inner, last = self.width, len(self.parts["0.up.bias"][0]), 2 * len(self.parts["out.bias"][0]) * self.width
     block = 2 * (2 * d * d + 2 * d * inner)  # what a layer does beside keys and values
@@ -336,7 +337,7 @@ def _cost(self: Packed) -> Flops:
     return Flops(text, token, 4 * d, 4 * d * (self.depth - 1))
 
 
-Packed.cost = _cost
+Packed.flops = property(_flops)
 
 
 def _refresh(self: Packed):
@@ -533,13 +534,12 @@ def engine_for(
     encoder: Encoder,
 ) -> Engine:
     "The fastest engine that computes what the encoder's own code computes."
-    plain = Engine(encoder)
-    if encoder.model.config.model_type not in FAMILIES:
-        return plain
     try:
         checked, reference, probe = Packed(encoder, torch.float32), Engine(encoder, torch.float32), example([7, 4])
         with torch.no_grad():
             same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(checked(probe), reference(probe)))
-    except (KeyError, AttributeError, TypeError, RuntimeError):  # a part with another name or shape than the family's
+    except (KeyError, AttributeError, TypeError, RuntimeError):  # another family, or a part with another name or shape
         same = False
-    return Packed(encoder) if same else plain
+    engine = Packed(encoder) if same else Engine(encoder)
+    engine.flops  # refuses an encoder whose cost cannot be counted, before anything is trained
+    return engine
