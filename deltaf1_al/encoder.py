@@ -161,6 +161,8 @@ def _check_loaded(model, tokenizer, loading: dict, max_length: int):
     if len(tokenizer) <= len(tokenizer.all_special_tokens) or tokenizer.pad_token_id is None:
         raise UserError(f"its tokenizer has {len(tokenizer)} tokens and the padding token {tokenizer.pad_token}; words and a padding token are needed")
     positions = min(getattr(model.config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
+    if hasattr(getattr(model.base_model, "embeddings", None), "create_position_ids_from_input_ids"):  # RoBERTa counts from behind the padding id
+        positions = min(positions, model.config.max_position_embeddings - model.config.pad_token_id - 1)
     if max_length > positions:
         raise UserError(f"max_length is {max_length}; allowed is at most {positions}")
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'FAMILIES', 'random_bits', 'dropout_mask', 'Place', 'places', 'on_device', 'Attention', 'Family', 'Flops',
-           'Engine', 'example', 'counted_flops', 'Packed', 'Masks', 'dropped', 'joined', 'native_attention',
-           'engine_for']
+           'Engine', 'example', 'counted_flops', 'Packed', 'Masks', 'dropped', 'joined', 'seed_torch',
+           'native_attention', 'engine_for']
 
 # %% ../nbs/03b_engine.ipynb #e0000003
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +55,7 @@ def dropout_mask(
 ) -> torch.Tensor:
     "Zeros, and 1 / (1 − p) where a value is kept; the shape of `bits`, contiguous."
     kept = torch.empty(bits.shape, dtype=dtype)
-    return torch.ge(bits, round(p * 65536) - 32768, out=kept).mul_(1 / (1 - p))
+    return torch.ge(bits, min(round(p * 65536), 65535) - 32768, out=kept).mul_(1 / (1 - p))
 
 # %% ../nbs/03b_engine.ipynb #e000000a
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def places(
         real, tokens = within < lengths, starts[first:stop, None] + np.minimum(within, lengths - 1)
         back[starts[first] : starts[first] + lengths.sum()] = base + np.flatnonzero(real)
         base += real.size
-        bias = torch.from_numpy(np.where(real, 0.0, -1e4)[:, None]).to(device, dtype)
+        bias = on_device(np.where(real, np.float32(0), np.float32(-1e4))[:, None], device).to(dtype)
         found.append(Place(slice(first, stop), stop - first, length, on_device(tokens.ravel(), device), bias))
     return found, on_device(back, device)
 
@@ -136,7 +136,7 @@ class Attention(torch.autograd.Function):
         for_q = torch.cat(for_q).index_select(0, back) if every else torch.cat(for_q)
         return for_q, torch.cat(for_kv).index_select(0, back), None, None, None, None
 
-
+# %% ../nbs/03b_engine.ipynb #e0000032
 def _by_head(x: torch.Tensor, n: int, heads: int, width: int) -> torch.Tensor:
     "(n * length, k * heads * width) as (k, n * heads, length, width)."
     split = x.view(n, len(x) // n, -1, heads, width).permute(2, 0, 3, 1, 4)
@@ -197,9 +197,10 @@ class Flops:
     token: int  # 2 for each weight
     padded: int
     pair: int
+    batch: int = 0  # whatever is in it
 
     def __call__(self, texts: int, tokens: int, padded: int, pairs: int) -> int:
-        return texts * self.text + tokens * self.token + padded * self.padded + pairs * self.pair
+        return self.batch + texts * self.text + tokens * self.token + padded * self.padded + pairs * self.pair
 
 # %% ../nbs/03b_engine.ipynb #e0000012
 class Engine:
@@ -223,17 +224,11 @@ class Engine:
         "The parameters to train."
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def widen(
-        self,
-        decay: float,  # what weight decay alone would have left of a parameter
-    ):
-        "The training is over: parameters that `narrow` left out are as if they had been trained too."
+    def widen(self, decay: float):
+        "The training is over; `decay` is what weight decay alone would have left of a parameter that `narrow` left out."
 
-    def backward(
-        self,
-        loss: torch.Tensor,  # ()
-    ):
-        "Add the gradient of the loss to that of the parameters."
+    def backward(self, loss: torch.Tensor):
+        "Add the gradient of the loss, a scalar, to that of the parameters."
         loss.backward()
 
     def follow(self):
@@ -244,32 +239,40 @@ class Engine:
         texts, longest = len(batch.rows), int(batch.lengths[0])
         return texts, texts * longest, texts * longest, texts * longest**2
 
-    def __call__(
-        self,
-        batch: Batch,
-        dropout: tuple[int, int] | None = None,  # a seed and the step; None when not training
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        "Logits (b, n_labels) float32, and embeddings (b, width): the input of the last layer."
-        seen, head = [], self.encoder.head
-        ids, mask = (on_device(part, self.device) for part in batch.rectangle(self.encoder.tokenizer.pad_token_id))
-        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                logits = self.model.train(dropout is not None)(input_ids=ids, attention_mask=mask).logits
-        finally:
-            hook.remove()
-        return logits.float(), seen[0]
+# %% ../nbs/03b_engine.ipynb #e0000030
+def _padded_forward(
+    self: Engine,
+    batch: Batch,
+    dropout: tuple[int, int] | None = None,  # a seed and the step; None when not training
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Logits (b, n_labels) float32, and embeddings (b, width): the input of the last layer."
+    seen, head = [], self.encoder.head
+    seed_torch(dropout, batch)
+    ids, mask = (on_device(part, self.device) for part in batch.rectangle(self.encoder.tokenizer.pad_token_id))
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            logits = self.model.train(dropout is not None)(input_ids=ids, attention_mask=mask).logits
+    finally:
+        hook.remove()
+    return logits.float(), seen[0]
 
-    @cached_property
-    def flops(self) -> Flops:
-        "The `Flops` of a forward pass; `UserError` when they are no polynomial of degree two in the length of a text."
-        one, two, three, four = (counted_flops(self, [length]) for length in (4, 8, 12, 16))
-        square = (three - 2 * two + one) // (2 * 4 * 4)
-        token = (two - one) // 4 - 12 * square
-        flops = Flops(one - 4 * token - 16 * square, token, 0, square)
-        if flops(1, 16, 16, 256) != four:
-            raise UserError(f"encoder of type {self.model.config.model_type!r} has a cost that is no polynomial of degree two in the length of a text")
-        return flops
+Engine.__call__ = _padded_forward
+
+
+def _counted(self: Engine) -> Flops:
+    "The `Flops` of a forward pass; `UserError` when they are no polynomial of degree two in the length of a text."
+    long = min(getattr(self.model.config, "max_position_embeddings", None) or 600, 600) - 4  # beyond the windows of sparse attention
+    one, two, three, four, five, pair = (counted_flops(self, lengths) for lengths in ([4], [8], [12], [16], [long], [4, 4]))
+    square = (three - 2 * two + one) // (2 * 4 * 4)
+    token = (two - one) // 4 - 12 * square
+    flops = Flops(pair - one - 4 * token - 16 * square, token, 0, square, batch=2 * one - pair)
+    if flops(1, 16, 16, 256) != four or flops(1, long, long, long**2) != five:
+        raise UserError(f"encoder of type {self.model.config.model_type!r} has a cost that is no polynomial of degree two in the length of a text")
+    return flops
+
+Engine.flops = cached_property(_counted)
+Engine.flops.__set_name__(Engine, "flops")
 
 # %% ../nbs/03b_engine.ipynb #e0000016
 def example(
@@ -280,7 +283,6 @@ def example(
     return Tokens((np.arange(offsets[-1]) % 2 + 5).astype(np.int32), offsets).pack(np.arange(len(lengths)))
 
 
-@torch.no_grad()
 def counted_flops(
     engine: Engine,
     lengths: list[int],  # of texts
@@ -299,7 +301,9 @@ class Packed(Engine):
         self.heads, self.width, self.depth = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
         hidden, attention, head = (getattr(config, name, None) for name in self.family.dropout)
         self.rates = hidden, attention, hidden if head is None else head
-        self.first_position = config.pad_token_id + 1 if "roberta" in self.family.layer else 0
+        self.offset = config.pad_token_id + 1 if "roberta" in self.family.layer else 0  # where positions start
+        embedded = encoder.model.get_submodule(self.family.embeddings[:-1])
+        self.padding = {name: getattr(embedded, f"{name}_embeddings").padding_idx for name in ("word", "position")}  # rows that are not trained
         self.parts = self._parts(encoder.model)
         self.table, self.place = self.parts["word"][0], None  # all word embeddings; where a token's row is among those in training
         self.bulk = encoder.device.type == "cpu"
@@ -310,23 +314,27 @@ class Packed(Engine):
         made = {name: p[0] if own(name, p) else torch.cat([part.detach() for part in p]).to(self.dtype) for name, p in self.parts.items()}
         self.weights = {name: weight.requires_grad_() for name, weight in made.items()}
 
-    def _parts(self, model: torch.nn.Module) -> dict[str, list[torch.nn.Parameter]]:
-        "What each working weight is made of: one parameter of the model, or several, one below the other."
-        family, of = self.family, dict(model.named_parameters())
-        kinds = [name for name in ("word", "position", "token_type") if f"{family.embeddings}{name}_embeddings.weight" in of]
-        parts = {name: [of[f"{family.embeddings}{name}_embeddings.weight"]] for name in kinds}
-        for kind in ("weight", "bias"):
-            parts[f"norm.{kind}"] = [of[f"{family.embeddings}LayerNorm.{kind}"]]
-            parts |= {f"{name}.{kind}": [of[f"{where}.{kind}"]] for name, where in zip(("dense", "out"), family.head)}
-            for i in range(self.depth):
-                layer = family.layer.format(i=i)
-                parts[f"{i}.qkv.{kind}"] = [of[f"{layer}{name}.{kind}"] for name in family.qkv]
-                parts |= {f"{i}.{name}.{kind}": [of[f"{layer}{getattr(family, name)}.{kind}"]] for name in ("mix", "norm1", "up", "down", "norm2")}
-        return parts
-
     def counts(self, batch: Batch) -> tuple[int, int, int, int]:
         "What the batch counts."
         return batch.counts
+
+# %% ../nbs/03b_engine.ipynb #e0000031
+def _parts(self: Packed, model: torch.nn.Module) -> dict[str, list[torch.nn.Parameter]]:
+    "What each working weight is made of: one parameter of the model, or several, one below the other."
+    family, of = self.family, dict(model.named_parameters())
+    kinds = [name for name in ("word", "position", "token_type") if f"{family.embeddings}{name}_embeddings.weight" in of]
+    parts = {name: [of[f"{family.embeddings}{name}_embeddings.weight"]] for name in kinds}
+    for kind in ("weight", "bias"):
+        parts[f"norm.{kind}"] = [of[f"{family.embeddings}LayerNorm.{kind}"]]
+        parts |= {f"{name}.{kind}": [of[f"{where}.{kind}"]] for name, where in zip(("dense", "out"), family.head)}
+        for i in range(self.depth):
+            layer = family.layer.format(i=i)
+            parts[f"{i}.qkv.{kind}"] = [of[f"{layer}{name}.{kind}"] for name in family.qkv]
+            parts |= {f"{i}.{name}.{kind}": [of[f"{layer}{getattr(family, name)}.{kind}"]] for name in ("mix", "norm1", "up", "down", "norm2")}
+    return parts
+
+
+Packed._parts = _parts
 
 # %% ../nbs/03b_engine.ipynb #e0000017
 def _flops(self: Packed) -> Flops:
@@ -343,7 +351,7 @@ Packed.flops = property(_flops)
 def _refresh(self: Packed):
     "Take up the weights that the encoder has now."
     Engine.refresh(self)
-    self.parts["word"], self.place = [self.table], None
+    self.parts["word"], self.place, self.padding["word"] = [self.table], None, self.model.get_input_embeddings().padding_idx
     self.weights["word"] = self.table
     self.follow()
 
@@ -379,7 +387,8 @@ def _narrow(self: Packed, token_ids: np.ndarray) -> list[torch.nn.Parameter]:
     self.place = torch.zeros(len(self.table), dtype=torch.long, device=self.device)
     self.place[self.used] = torch.arange(len(self.used), device=self.device)
     self.weights["word"] = torch.nn.Parameter(self.table.detach()[self.used])
-    self.parts["word"] = [self.weights["word"]]
+    self.parts["word"], padding = [self.weights["word"]], np.flatnonzero(np.unique(token_ids) == self.padding["word"])
+    self.padding["word"] = int(padding[0]) if len(padding) else None
     return [part for parts in self.parts.values() for part in parts]
 
 
@@ -410,6 +419,8 @@ def _masks(self: Packed, batch: Batch, dropout: tuple[int, int] | None) -> Masks
     "The masks of a step; none in scoring. A GPU draws its own, from a counter as well."
     hidden, attention, head = self.rates if dropout else (None, None, None)
     n_blocks, family, d = len(batch.blocks), self.family, self.width
+    if not self.bulk:
+        seed_torch(dropout, batch)
     if dropout is None or not self.bulk:
         layer = [attention] * n_blocks, hidden if family.mixed else None, hidden
         return Masks(hidden, [layer] * self.depth, [head if family.early else None, head])
@@ -436,7 +447,7 @@ def _mask(self: Packed, dropout: tuple[int, int], batch: Batch, stream: int, uni
 
 Packed._mask = _mask
 
-
+# %% ../nbs/03b_engine.ipynb #e0000033
 def _attention_masks(self: Packed, dropout: tuple[int, int], batch: Batch, p: float) -> list[list]:
     "For each layer and block a mask (n * heads, length, length), in the last layer (n * heads, 1, length)."
     if not p:
@@ -472,6 +483,15 @@ def joined(
     return torch.addcmul(x, update, mask) if isinstance(mask, torch.Tensor) else x + dropped(update, mask)
 
 
+def seed_torch(
+    dropout: tuple[int, int] | None,  # a seed and the step; None when not training
+    batch: Batch,
+):
+    "Where PyTorch draws dropout, give each step, and each part of a batch, numbers of its own."
+    if dropout:
+        torch.manual_seed(int(np.random.SeedSequence([*dropout, batch.before[0]]).generate_state(1, np.uint64)[0]))
+
+
 def native_attention(q, kv, heads, blocks, back, rates) -> torch.Tensor:
     "`Attention` by PyTorch's own kernels, which are faster on a GPU and slower on a CPU."
     width, every, out = q.shape[1] // heads, len(q) == len(kv), []
@@ -488,8 +508,8 @@ def _forward(self: Packed, batch: Batch, dropout: tuple[int, int] | None = None)
     w, masks, starts = self.weights, self.masks(batch, dropout), np.cumsum(batch.lengths) - batch.lengths
     blocks, back = places(batch, self.device, self.dtype)
     ids, first = on_device(batch.ids, self.device), on_device(starts, self.device)
-    positions = on_device(np.arange(len(batch.ids)) - np.repeat(starts, batch.lengths) + self.first_position, self.device)
-    x = F.embedding(ids if self.place is None else self.place[ids], w["word"]) + F.embedding(positions, w["position"])
+    positions = on_device(self._positions(batch, starts), self.device)
+    x = self._looked_up("word", ids if self.place is None else self.place[ids]) + self._looked_up("position", positions)
     x = self._norm("norm", x + w["token_type"][0] if "token_type" in w else x)
     x = dropped(x.to(self.dtype), masks.embeddings)
     for i in range(self.depth):
@@ -518,7 +538,7 @@ def _layer(self: Packed, i: int, x, first, blocks, back, attention, mix, down) -
 
 Packed._layer = _layer
 
-
+# %% ../nbs/03b_engine.ipynb #e0000034
 def _linear(self: Packed, name: str, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
@@ -527,19 +547,48 @@ def _norm(self: Packed, name: str, x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, (self.width,), self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], self.eps)
 
 
-Packed._linear, Packed._norm = _linear, _norm
+def _looked_up(self: Packed, name: str, ids: torch.Tensor) -> torch.Tensor:
+    return F.embedding(ids, self.weights[name], self.padding[name])
+
+
+Packed._linear, Packed._norm, Packed._looked_up = _linear, _norm, _looked_up
+
+
+def _positions(self: Packed, batch: Batch, starts: np.ndarray) -> np.ndarray:
+    "(n_tokens,) the row of the position embeddings; RoBERTa starts behind the padding id and leaves that token out of the count."
+    if not self.offset:
+        return np.arange(len(batch.ids)) - np.repeat(starts, batch.lengths)
+    real = batch.ids != self.offset - 1
+    count = np.cumsum(real)
+    return (count - np.repeat(count[starts] - real[starts], batch.lengths)) * real + self.offset - 1
+
+
+Packed._positions = _positions
 
 # %% ../nbs/03b_engine.ipynb #e000001f
 def engine_for(
     encoder: Encoder,
 ) -> Engine:
-    "The fastest engine that computes what the encoder's own code computes."
+    "The fastest engine that computes what the encoder's own code computes; `UserError` when that cannot be run or its cost not be counted."
+    try:
+        engine = Packed(encoder) if _packs(encoder) else Engine(encoder)
+        engine.flops  # runs the encoder, before anything is trained
+    except UserError:
+        raise
+    except Exception as e:  # its own code may raise anything
+        reason = (str(e) or "no reason given").splitlines()[0]
+        raise UserError(f"encoder is of type {encoder.model.config.model_type!r}, which cannot be used ({type(e).__name__}: {reason}); allowed are encoders of texts, such as BERT's kin") from e
+    return engine
+
+
+def _packs(encoder: Encoder) -> bool:
+    "Whether `Packed` gives what the encoder's own code gives, on texts of different length, one with a token for padding."
+    if encoder.model.config.model_type not in FAMILIES:
+        return False
     try:
         checked, reference, probe = Packed(encoder, torch.float32), Engine(encoder, torch.float32), example([7, 4])
+        probe.ids[2] = encoder.tokenizer.pad_token_id
         with torch.no_grad():
-            same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(checked(probe), reference(probe)))
-    except (KeyError, AttributeError, TypeError, RuntimeError):  # another family, or a part with another name or shape
-        same = False
-    engine = Packed(encoder) if same else Engine(encoder)
-    engine.flops  # refuses an encoder whose cost cannot be counted, before anything is trained
-    return engine
+            return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(checked(probe), reference(probe)))
+    except (KeyError, AttributeError, TypeError, RuntimeError):  # a part with another name or shape than the family's
+        return False

@@ -111,8 +111,7 @@ class ActiveLearner:
         team: Team = Team(),  # noqa: B008, has no state; the processes that train and score together, this the first
     ):
         check_run(config)
-        self.config, self.corpus, self.store, self.clock, self.say = config, corpus, store, Clock(), say
-        self.team = team
+        self.team, self.config, self.corpus, self.store, self.clock, self.say = team, config, corpus, store, Clock(), say
         self.strategy, self.uncertainty = STRATEGIES[config.strategy], QUERIES[config.query]
         self.trigger = trigger or DeltaF1(config.epsilon, config.k)
         with self.clock("load"):
@@ -141,14 +140,14 @@ class ActiveLearner:
         "The pool ids without a label, ascending."
         return np.setdiff1d(self.corpus.pool, np.concatenate([*self.bought, np.array([], dtype=np.int64)]))
 
-# %% ../nbs/11_loop.ipynb #c064755c
+# %% ../nbs/11_loop.ipynb #8fde6e4c
 SETTINGS = ("seed", "max_length", "batch_size", "learning_rate", "weight_decay", "warmup", "max_grad_norm", "max_epochs", "target_loss", "min_steps", "batch_tokens", "step_tokens")
 
 
 def _common(self: ActiveLearner) -> dict:
     "What all rounds of this run have in common."
     return {
-        "code": source_version(_fit, _train_and_evaluate), "corpus": self.corpus.fingerprint, "split": self.corpus.split_fingerprint, "encoder": self.loaded.fingerprint,
+        "code": source_version(_fit, _score, _train_and_evaluate), "corpus": self.corpus.fingerprint, "split": self.corpus.split_fingerprint, "encoder": self.loaded.fingerprint,
         "settings": {name: getattr(self.config, name) for name in SETTINGS}, "dtype": str(self.loaded.dtype),
     }  # fmt: skip
 

@@ -37,20 +37,20 @@ def score(
     team: Team = Team(),  # noqa: B008, has no state; the processes that score together
 ) -> Scores:
     "Logits, and embeddings if asked for, of the rows; each text goes through the model once."
-    texts, work, head = tokens.take(rows), Work(), engine.encoder.head
+    lengths, work, head = tokens.offsets[rows + 1] - tokens.offsets[rows], Work(), engine.encoder.head
     logits = torch.zeros(len(rows), head.out_features)
     kept = torch.zeros(len(rows), head.in_features) if embeddings else None
     engine.refresh()
     with torch.inference_mode():
-        for number, chosen in enumerate(scoring_batches(texts.lengths, batch_tokens)):
-            batch = texts.pack(chosen)
-            work.add(batch, engine)
+        for number, chosen in enumerate(scoring_batches(lengths, batch_tokens)):
+            batch = tokens.pack(rows[chosen])  # longest first already, so they keep their order
+            work.add([batch], engine)
             if number % team.size == team.rank:
                 found, inputs = engine(batch)
-                logits[batch.rows] = found.cpu()
+                logits[chosen] = found.cpu()
                 if embeddings:
-                    kept[batch.rows] = inputs.float().cpu()
-            tick(work.tokens / len(texts.ids))
+                    kept[chosen] = inputs.float().cpu()
+            tick(work.tokens / lengths.sum())
     return Scores(_gathered(logits, engine, team), _gathered(kept, engine, team) if embeddings else None, work)
 
 

@@ -9,7 +9,7 @@ __all__ = ['FORMAT', 'ENTRY', 'SCORES', 'WEIGHTS', 'ENTRY_PATH', 'KEEP', 'source
            'drop_weights', 'claim', 'read_run_file', 'close', 'runs', 'is_live', 'entries', 'check', 'garbage',
            'collect', 'n_bytes', 'existing_store', 'check_store', 'collect_garbage']
 
-# %% ../nbs/10_store.ipynb #a1e31d14
+# %% ../nbs/10_store.ipynb #6f684ae1
 import ast
 import errno
 import inspect
@@ -34,7 +34,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from . import encoder, engine, scoring, tokens, training
+from . import encoder, engine, scoring, team, tokens, training
 from .config import UserError, fingerprint, project_root, stream, stream_seed, write_atomic
 
 # %% ../nbs/10_store.ipynb #fd25deb3
@@ -48,13 +48,13 @@ def source_version(
             node.body = node.body[1:] or [ast.Pass()]
     return fingerprint(*map(ast.unparse, trees))
 
-# %% ../nbs/10_store.ipynb #8009f2a9
+# %% ../nbs/10_store.ipynb #1a847a50
 FORMAT = 1  # of the files below
 
 
 def engine_version() -> str:
-    "16 hex digits over the code that computes a round: tokens, encoder, engine, training, scoring, random streams."
-    return fingerprint(str(FORMAT), source_version(tokens, encoder, engine, training, scoring, stream_seed, stream))
+    "16 hex digits over the code that computes a round: tokens, encoder, engine, team, training, scoring, random streams."
+    return fingerprint(str(FORMAT), source_version(tokens, encoder, engine, team, training, scoring, stream_seed, stream))
 
 # %% ../nbs/10_store.ipynb #587be86a
 def key_of(

@@ -9,14 +9,15 @@ __all__ = ['Work', 'Clock', 'Progress', 'stop_reason', 'planned_steps', 'optimiz
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .config import RunConfig, UserError, stream, stream_seed
-from .engine import Engine, Flops
+from .engine import Engine, Flops, on_device
 from .team import Team
 from .tokens import Batch, Tokens, training_batches
 
@@ -33,17 +34,18 @@ class Work:
 
     def add(
         self,
-        batch: Batch,
+        parts: list[Batch],  # of one batch
         engine: Engine,  # knows what it pads and what a pass costs
         passes: int = 1,  # forward passes' worth: 1 in scoring, 3 in training (backward = 2 x forward)
     ):
-        "Count one batch."
-        counts = engine.counts(batch)
+        "Count one batch, which went through the model in these parts."
         self.batches += 1
-        self.texts += counts[0]
-        self.tokens += len(batch.ids)
-        self.padded_tokens += counts[1]
-        self.flops += passes * engine.flops(*counts)
+        for part in parts:
+            counts = engine.counts(part)
+            self.texts += counts[0]
+            self.tokens += len(part.ids)
+            self.padded_tokens += counts[1]
+            self.flops += passes * engine.flops(*counts)
 
 # %% ../nbs/04_training.ipynb #e59db25b
 class Clock:
@@ -158,16 +160,16 @@ def train(
     steps = planned_steps(steps_per_epoch, config)
     engine.refresh()
     optimizer, schedule = optimizer_for(engine.narrow(texts.ids), steps, config)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # for engines that leave dropout to PyTorch
+    attention = sdpa_kernel(SDPBackend.MATH) if engine.device.type == "cuda" else nullcontext()  # the backward of others adds up in any order
+    with torch.random.fork_rng(), attention:
         while not done.stopped_by:
             total = torch.zeros((), device=engine.device)
             for chosen in training_batches(len(rows), config.batch_size, order):
-                batch = texts.pack(chosen)
-                total += len(chosen) * _step(engine, batch, targets, optimizer, config, (seed, done.work.batches), team)
+                shares = team.shares(texts.pack(chosen), config.step_tokens)
+                total += _step(engine, shares[team.rank], len(chosen), targets, optimizer, config, (seed, done.work.batches), team)
                 decay *= 1 - schedule.get_last_lr()[0] * config.weight_decay
                 schedule.step()
-                done.work.add(batch, engine, passes=3)
+                done.work.add(sum(shares, []), engine, passes=3)
                 tick(done.work.batches / steps)
             team.add([total])
             done.losses.append(_finite(total.item() / len(rows), config, round, len(done.losses) + 1))
@@ -176,12 +178,12 @@ def train(
     return done
 
 # %% ../nbs/04_training.ipynb #b9d4db1d
-def _step(engine: Engine, batch: Batch, targets: torch.Tensor, optimizer, config: RunConfig, dropout: tuple, team: Team) -> torch.Tensor:
-    "One optimiser step; this process's share of the batch's mean loss, still on the device."
+def _step(engine: Engine, parts: list[Batch], n: int, targets: torch.Tensor, optimizer, config: RunConfig, dropout: tuple, team: Team) -> torch.Tensor:
+    "One optimiser step on a batch of n texts; the sum of the losses of this process's parts, still on the device."
     total, parameters = torch.zeros((), device=engine.device), [p for group in optimizer.param_groups for p in group["params"]]
-    for part in team.parts(batch, config.step_tokens):
-        loss = loss_of(engine(part, dropout)[0], targets[part.rows]) * (len(part.rows) / len(batch.rows))
-        engine.backward(loss)
+    for part in parts:
+        loss = loss_of(engine(part, dropout)[0], targets[on_device(part.rows, engine.device)]) * len(part.rows)
+        engine.backward(loss / n)
         total += loss.detach()
     if team.size > 1:
         for p in parameters:
