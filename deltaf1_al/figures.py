@@ -420,9 +420,9 @@ def speed_bars(
         _, (ax,) = new_figure((0.35 + 0.12 * len(others),))
     ratio, rows, size = others["round_ratio"], range(len(others)), mpl.rcParams["font.size"] * 0.9
     around = np.nan_to_num([ratio - others["round_least"], others["round_most"] - ratio])
-    ax.barh(rows, ratio.fillna(0), height=0.62, color=SHADES["train"], xerr=around, error_kw={"lw": 0.8, "capsize": 2, "ecolor": "0.2"})
+    ax.barh(rows, ratio.fillna(0), height=0.62, color=SHADES["score"], xerr=around, error_kw={"lw": 0.8, "capsize": 2, "ecolor": "0.2"})
     for row, (value, most, why) in enumerate(zip(ratio, others["round_most"], others["no_ratio_because"])):
-        text, at = (why, 0) if why else (f"{value:.1f}x", most)
+        text, at = (why, 1) if why else (f"{value:.1f}x", most)
         ax.annotate(text, (at, row), (4, 0), textcoords="offset points", va="center", size=size)
     ax.axvline(1, color="0.2", lw=0.8)
     ax.set(xlabel=f"seconds a round, {table.index[0]} = 1", ylim=(len(others) - 0.5, -0.5), xlim=(0, 1.15 * max(1.2, np.nanmax([1.0, *others["round_most"]]))))
