@@ -64,6 +64,8 @@ def main():
         else:
             time.sleep(60)  # the launcher ends it with the first
         os._exit(1)  # at once: the others may wait for this process in the middle of a step
+    sys.stdout.flush()
+    os._exit(0)  # threads of the connections may still run, and would abort the interpreter's own end
 
 
 if __name__ == "__main__":
