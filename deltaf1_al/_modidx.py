@@ -302,6 +302,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'deltaf1_al.tokens': { 'deltaf1_al.tokens.Batch': ('tokens.html#batch', 'deltaf1_al/tokens.py'),
                                    'deltaf1_al.tokens.Batch.blocks': ('tokens.html#batch.blocks', 'deltaf1_al/tokens.py'),
                                    'deltaf1_al.tokens.Batch.counts': ('tokens.html#batch.counts', 'deltaf1_al/tokens.py'),
+                                   'deltaf1_al.tokens.Batch.starts': ('tokens.html#batch.starts', 'deltaf1_al/tokens.py'),
                                    'deltaf1_al.tokens.Tokens': ('tokens.html#tokens', 'deltaf1_al/tokens.py'),
                                    'deltaf1_al.tokens.Tokens.lengths': ('tokens.html#tokens.lengths', 'deltaf1_al/tokens.py'),
                                    'deltaf1_al.tokens.Tokens.pack': ('tokens.html#tokens.pack', 'deltaf1_al/tokens.py'),

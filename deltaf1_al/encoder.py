@@ -68,9 +68,9 @@ def granted_cores(
 
 def _settle_cpu():
     "Threads as many as granted, unless the user set them; freed memory is kept for the next step."
-    limits = [Path(p) for p in ("/sys/fs/cgroup/cpu.max",) if os.path.exists(p)]
-    if "OMP_NUM_THREADS" not in os.environ and limits:
-        torch.set_num_threads(min(torch.get_num_threads(), granted_cores(limits[0].read_text())))
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    if "OMP_NUM_THREADS" not in os.environ and limit.exists():
+        torch.set_num_threads(min(torch.get_num_threads(), granted_cores(limit.read_text())))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt and platform.libc_ver()[0] == "glibc":
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks up to 32 MB come from the heap

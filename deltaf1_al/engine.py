@@ -75,7 +75,7 @@ def places(
     dtype: torch.dtype,
 ) -> tuple[list[Place], torch.Tensor]:
     "The blocks of a batch, and (n_tokens,) where each token lies in their rectangles, laid end to end."
-    starts, found, back, base = np.cumsum(batch.lengths) - batch.lengths, [], np.empty(len(batch.ids), dtype=np.int64), 0
+    starts, found, back, base = batch.starts, [], np.empty(len(batch.ids), dtype=np.int64), 0
     for first, stop, length in batch.blocks:
         lengths, within = batch.lengths[first:stop, None], np.arange(length)
         real, tokens = within < lengths, starts[first:stop, None] + np.minimum(within, lengths - 1)
@@ -383,11 +383,12 @@ Packed.backward = _backward
 
 def _narrow(self: Packed, token_ids: np.ndarray) -> list[torch.nn.Parameter]:
     "The parameters to train, of the word embeddings only the rows of these tokens."
-    self.used = on_device(np.unique(token_ids).astype(np.int64), self.device)
+    used = np.unique(token_ids).astype(np.int64)
+    self.used = on_device(used, self.device)
     self.place = torch.zeros(len(self.table), dtype=torch.long, device=self.device)
     self.place[self.used] = torch.arange(len(self.used), device=self.device)
     self.weights["word"] = torch.nn.Parameter(self.table.detach()[self.used])
-    self.parts["word"], padding = [self.weights["word"]], np.flatnonzero(np.unique(token_ids) == self.padding["word"])
+    self.parts["word"], padding = [self.weights["word"]], np.flatnonzero(used == self.padding["word"])
     self.padding["word"] = int(padding[0]) if len(padding) else None
     return [part for parts in self.parts.values() for part in parts]
 
@@ -505,7 +506,7 @@ def native_attention(q, kv, heads, blocks, back, rates) -> torch.Tensor:
 # %% ../nbs/03b_engine.ipynb #e000001d
 def _forward(self: Packed, batch: Batch, dropout: tuple[int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     "Logits (b, n_labels) float32, and embeddings (b, width): the input of the last layer."
-    w, masks, starts = self.weights, self.masks(batch, dropout), np.cumsum(batch.lengths) - batch.lengths
+    w, masks, starts = self.weights, self.masks(batch, dropout), batch.starts
     blocks, back = places(batch, self.device, self.dtype)
     ids, first = on_device(batch.ids, self.device), on_device(starts, self.device)
     positions = on_device(self._positions(batch, starts), self.device)

@@ -113,6 +113,11 @@ class Batch:
     before: tuple[int, ...] = (0, 0, 0, 0)  # `counts` of the texts before it, when it is a part of a larger batch
 
     @property
+    def starts(self) -> np.ndarray:
+        "(b,) where in `ids` each text begins."
+        return np.cumsum(self.lengths) - self.lengths
+
+    @property
     def counts(self) -> tuple[int, int, int, int]:
         "Texts, tokens, tokens padded for attention, and pairs of those."
         return len(self.rows), len(self.ids), int(self.padded.sum()), int((self.padded**2).sum())
