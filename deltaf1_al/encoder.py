@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['native_bf16', 'hardware', 'granted_cores', 'environment', 'peak_memory', 'encoder_path', 'Encoder',
-           'encoder_fingerprint', 'load_encoder', 'write_random_encoder']
+           'encoder_fingerprint', 'load_encoder', 'common_pieces', 'write_random_encoder']
 
 # %% ../nbs/03_encoder.ipynb #5903078e
 import ctypes
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from .config import UserError, fingerprint, project_root, stream_seed
 
@@ -127,9 +128,17 @@ class Encoder:
     dtype: torch.dtype  # of matrix products
     fingerprint: str  # as `encoder_fingerprint` gives it
 
-    def reset(self):
-        "Return to the first weights."
-        self.model.load_state_dict(self.initial)
+    def reset(
+        self,
+        previous: float = 0.0,  # how much of the present weights is kept
+        fresh: float = 1.0,  # how much of the first weights is added
+    ):
+        "Return to the first weights, or to `previous` * present + `fresh` * first (shrink and perturb: Ash & Adams 2020, section 4)."
+        if (previous, fresh) == (1, 0):
+            return
+        present = self.model.state_dict()
+        mixed = {name: (previous * present[name].cpu() + fresh * w if previous and w.is_floating_point() else w) for name, w in self.initial.items()}
+        self.model.load_state_dict(mixed)
 
     def state(self) -> dict[str, torch.Tensor]:
         "A copy of the present weights."
@@ -198,10 +207,20 @@ def load_encoder(
     initial, identity = {k: v.clone() for k, v in model.state_dict().items()}, encoder_fingerprint(model, tokenizer)
     return Encoder(model.to(device), tokenizer, initial, device, dtype, identity)
 
+# %% ../nbs/03_encoder.ipynb #5f0000a1
+def common_pieces(
+    words: list[str],  # with repeats
+    n_characters: int = 100,  # the commonest, at the start of a word and inside
+) -> list[str]:
+    "Word pieces, equal counts in alphabetical order: unlike a trained vocabulary it is the same in every process."
+    def ranked(counts): return sorted(counts, key=lambda piece: (-counts[piece], piece))
+    characters = ranked(Counter("".join(words)))[:n_characters]
+    return list(dict.fromkeys([*characters, *(f"##{c}" for c in characters), *ranked(Counter(words))]))
+
 # %% ../nbs/03_encoder.ipynb #1c8388d8
 def write_random_encoder(
     folder: Path,  # made if missing
-    texts: list[str],  # the tokenizer learns its word pieces from these
+    texts: list[str],  # their commonest characters and words are the vocabulary
     dim: int = 32,  # hidden width; DistilBERT has 768
     n_layers: int = 1,  # DistilBERT has 6
     n_heads: int = 2,  # DistilBERT has 12
@@ -210,11 +229,10 @@ def write_random_encoder(
 ) -> Path:
     "Write a DistilBERT with random weights and a WordPiece tokenizer as a folder that `load_encoder` reads."
     transformers.utils.logging.disable_progress_bar()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    word_piece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    word_piece.normalizer = normalizers.BertNormalizer(lowercase=True)
-    word_piece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    word_piece.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False))
+    special, lower, split = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    pieces = [*special, *common_pieces([word for text in texts for word, _ in split.pre_tokenize_str(lower.normalize_str(text))])][:vocab_size]
+    word_piece = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    word_piece.normalizer, word_piece.pre_tokenizer = lower, split
     word_piece.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=word_piece, model_max_length=max_length, **{f"{s[1:-1].lower()}_token": s for s in special}
