@@ -33,6 +33,7 @@ def score(
     rows: np.ndarray,  # (n,) ids of the texts to score
     batch_tokens: int,  # padded tokens in a batch
     embeddings: bool = False,  # whether to keep the input of the last layer
+    dropout: int | None = None,  # the seed of a pass with dropout (Gal & Ghahramani 2016); None for one without
     tick: Callable[[float], None] = lambda done: None,  # told after each batch which share of the work is done
     team: Team = Team(),  # noqa: B008, has no state; the processes that score together
 ) -> Scores:
@@ -46,7 +47,7 @@ def score(
             batch = tokens.pack(rows[chosen])  # longest first already, so they keep their order
             work.add([batch], engine)
             if number % team.size == team.rank:
-                found, inputs = engine(batch)
+                found, inputs = engine(batch, None if dropout is None else (dropout, number))
                 logits[chosen] = found.cpu()
                 if embeddings:
                     kept[chosen] = inputs.float().cpu()
