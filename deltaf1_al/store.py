@@ -239,7 +239,8 @@ def name_of(
     parts: dict,
 ) -> str:
     "What an entry is, in words."
-    return f"{'the question for ' if parts.get('kind') == 'question' else ''}round {parts.get('round')}"
+    kind = {"question": "the question for ", "stop set": "the stop set after "}.get(parts.get("kind"), "")
+    return f"{kind}round {parts.get('round')}"
 
 
 def value(

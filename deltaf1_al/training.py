@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -46,6 +46,10 @@ class Work:
             self.tokens += len(part.ids)
             self.padded_tokens += counts[1]
             self.flops += passes * engine.flops(*counts)
+
+    def __add__(self, other: "Work") -> "Work":
+        "Both."
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 # %% ../nbs/04_training.ipynb #e59db25b
 class Clock:
