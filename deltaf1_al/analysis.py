@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import UserError, listed
-from .strategy import STRATEGIES
-from .trigger import first_fire
+from .config import UserError, construct, listed
+from .strategy import PLANS, STRATEGIES
+from .trigger import TRIGGERS, first_fire, observations
 
 # %% ../nbs/12_analysis.ipynb #fb2d1257
-ROUND_FIELDS = ["round", "plan", "n_labeled", "n_trained", "val_macro_f1", "test_macro_f1", "delta_f1", "switched",
+ROUND_FIELDS = ["round", "plan", "n_labeled", "n_charged", "n_trained", "val_macro_f1", "test_macro_f1", "delta_f1", "switched",
                 "train_examples", "train_flops", "score_flops", "eval_flops", "seconds", "queried", "key", "reused"]
 
 def read_round(
@@ -89,7 +89,7 @@ def read_json(
     return value
 
 # %% ../nbs/12_analysis.ipynb #fef8c932
-VARIED = ["strategy", "seed", "epsilon", "k", "out_dir", "n_rounds", "store", "keep", "store_limit"]  # what a comparison may vary
+VARIED = ["strategy", "seed", "epsilon", "k", "n_stop", "extension", "out_dir", "n_rounds", "store", "keep", "store_limit"]  # what a comparison may vary
 RUN_COLUMNS = ["dataset", "encoder", "query", "strategy", "epsilon", "k", "seed", "config_hash", "n_val"]
 
 def read_run(
@@ -112,7 +112,7 @@ def read_run(
     table = table.astype({name: float for name in table if name.endswith(("_f1", "_auc"))})
     held = {name: value for name, value in config.items() if name not in VARIED}
     run = pd.DataFrame([{**{name: known[name] for name in RUN_COLUMNS}, "settings": json.dumps(held, sort_keys=True)}] * len(table))
-    return pd.concat([run, table], axis=1).assign(n_charged=run["n_val"] + table["n_labeled"])
+    return pd.concat([run, table], axis=1)
 
 # %% ../nbs/12_analysis.ipynb #1a101a2a
 def load_runs(
@@ -146,7 +146,7 @@ def switches(
     strategy: str,  # a strategy's name, known here or not
 ) -> bool:
     "Whether a strategy of that name heeds the trigger."
-    return strategy in STRATEGIES and STRATEGIES[strategy].switches
+    return ">" in STRATEGIES.get(strategy, strategy)
 
 def arms(
     runs: pd.DataFrame,  # rows of `load_runs`
@@ -162,8 +162,8 @@ def arms(
 def arm_order(
     names: list,  # arms
 ) -> list:
-    "`names` without repeats: the strategies of `STRATEGIES` in their order there, then any others by name."
-    rank = {name: i for i, name in enumerate(STRATEGIES)}
+    "`names` without repeats: the strategies that have a name in their order, then any others by name."
+    rank = {name: i for i, name in enumerate([*PLANS, *STRATEGIES])}
     return sorted(set(names), key=lambda name: (rank.get(name.split(" (")[0], len(rank)), name))
 
 # %% ../nbs/12_analysis.ipynb #f0251535
@@ -197,7 +197,7 @@ def labels_to_reach(
     runs: pd.DataFrame,  # rows of `load_runs`
     f1: float,  # the target, between 0 and 1
     metric: str = "test_macro_f1",  # the column that has to reach it
-    charge_validation: bool = False,  # count the labels of the validation set as well
+    charge_validation: bool = False,  # count the labels of the validation set as well, where the run's decisions depend on them
 ) -> pd.DataFrame:  # one row a run, with a column `labels`
     "Labels bought when `metric` first reaches `f1`, without interpolation; NaN if it never does."
     column = "n_charged" if charge_validation else "n_labeled"
@@ -380,24 +380,25 @@ def computed_once(
     asked = rounds.groupby("config_hash")["key"].shift().fillna("") + rounds["queried"].astype(str)
     trained, asked = ~rounds["key"].duplicated(), ~asked.duplicated()
     scoring = rounds[["seconds_score", "seconds_query"]].sum(axis=1)
+    by_key = rounds.groupby("key")  # of runs that share a round, some may have looked at a stop set after it
+    stop_set = {name: by_key[name].transform("max") - rounds[name] for name in ("eval_flops", "seconds_evaluate")}
     table = rounds[COMPARISON].assign(
         rounds=1, rounds_computed=trained.astype(int), total_flops=rounds["total_flops"], seconds_total=rounds["seconds_total"],
-        total_flops_computed=(rounds["total_flops"] - rounds["score_flops"]) * trained + rounds["score_flops"] * asked,
-        seconds_total_computed=(rounds["seconds_total"] - scoring) * trained + scoring * asked,
+        total_flops_computed=(rounds["total_flops"] - rounds["score_flops"] + stop_set["eval_flops"]) * trained + rounds["score_flops"] * asked,
+        seconds_total_computed=(rounds["seconds_total"] - scoring + stop_set["seconds_evaluate"]) * trained + scoring * asked,
     )  # fmt: skip
     return table.groupby(COMPARISON).sum()
 
 # %% ../nbs/12_analysis.ipynb #1ae9b704
 def switch_table(
-    f1s: dict[int, list[float]],  # seed -> validation macro-F1 of its retraining run
-    epsilons: list[float],
-    ks: list[int],
-) -> pd.DataFrame:  # one row a seed, ε and k
-    "The round that the rule would switch in; missing when it never does."
+    records: dict[int, list[dict]],  # seed -> the rounds of its retraining run
+    triggers: list[str],  # such as 'kappa(0.99, 3)'
+) -> pd.DataFrame:  # one row a seed and trigger
+    "The round that the trigger would switch in; missing when it never does."
     rows = []
-    for seed, epsilon, k in itertools.product(f1s, epsilons, ks):
-        fired = first_fire(f1s[seed], epsilon, k)
-        rows.append({"seed": seed, "epsilon": epsilon, "k": k, "switch_round": None if fired is None or fired + 1 >= len(f1s[seed]) else fired + 1})
+    for seed, trigger in itertools.product(records, triggers):
+        fired = first_fire(construct("trigger", trigger, TRIGGERS), observations(records[seed], seed))
+        rows.append({"seed": seed, "trigger": trigger, "switch_round": None if fired is None or fired + 1 >= len(records[seed]) else fired + 1})
     return pd.DataFrame(rows).astype({"switch_round": "Int64"})
 
 # %% ../nbs/12_analysis.ipynb #0fab0637
@@ -424,7 +425,7 @@ def oracle_of(
 def rule_outcomes(
     rules: pd.DataFrame,  # from `switch_table`
     outcomes: pd.DataFrame,  # from `switch_outcomes`, with every switch round of `rules`
-) -> pd.DataFrame:  # one row a seed, ε and k
+) -> pd.DataFrame:  # one row a seed and trigger
     "How each rule ended, what it cost, and its regret: the oracle's F1 minus its own."
     table = rules.merge(outcomes, how="left", on=["seed", "switch_round"])
     best = oracle_of(outcomes).set_index("seed")["f1"]

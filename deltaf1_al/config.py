@@ -170,7 +170,7 @@ class RunConfig(_Config):
 
     dataset: str = "docstrings"  # docstrings, ag_news, imdb, jigsaw, a file or folder of your own, or a hub id `owner/name`
     strategy: str = "hybrid"  # retrain, fine-tune, new-only, shrink-perturb, replay, hybrid, or plan>plan@trigger
-    query: str = "margin"  # a name of the table in 07_query
+    query: str = "margin"  # a name of the table in 07b_adapter
     epsilon: float = 0.01  # ε: a round has settled when ΔF1 < ε; macro-F1 from 0 to 1
     k: int = 2  # this many settled rounds in a row make the hybrid switch
     seed: int = 0  # names every random stream of the run

@@ -141,7 +141,7 @@ import json, sys
 import numpy as np
 from deltaf1_al.encoder import load_encoder, peak_memory
 from deltaf1_al.engine import Packed, engine_for
-from deltaf1_al.query import QUERIES, top
+from deltaf1_al.query import margin, top
 from deltaf1_al.scoring import probabilities, score
 from deltaf1_al.tokens import Tokens
 encoder = load_encoder(sys.argv[1], 4, 0)
@@ -152,7 +152,7 @@ rng, n = np.random.default_rng(0), 1_000_000
 lengths = rng.integers(6, 24, n)
 tokens = Tokens(rng.integers(5, 500, lengths.sum()).astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]))
 scores = score(engine, tokens, np.arange(n), 32768, embeddings=True)
-chosen = top(QUERIES["margin"](probabilities(scores.logits, False), False), np.arange(n), 100)
+chosen = top(margin(probabilities(scores.logits, False), False), np.arange(n), 100)
 print(json.dumps({"bytes": peak_memory(encoder.device) - before, "texts": sum(passes), "passes": len(passes), "chosen": chosen.tolist(), "padded": scores.work.padded_tokens - scores.work.tokens}))
 """
 

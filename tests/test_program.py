@@ -12,7 +12,7 @@ from deltaf1_al.config import resolve
 from deltaf1_al.corpus import docstrings, load_corpus
 from deltaf1_al.loop import ActiveLearner, simulate
 
-FIELDS = """round plan n_labeled n_trained val_macro_f1 test_macro_f1 delta_f1 below_epsilon switched train_steps train_examples train_tokens
+FIELDS = """round plan n_labeled n_trained val_macro_f1 test_macro_f1 delta_f1 settled switched train_steps train_examples train_tokens
 train_padded_tokens train_flops score_tokens score_flops seconds""".split()
 
 
