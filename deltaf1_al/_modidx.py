@@ -198,6 +198,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'deltaf1_al.figures.style': ('figures.html#style', 'deltaf1_al/figures.py'),
                                     'deltaf1_al.figures.switch_points': ('figures.html#switch_points', 'deltaf1_al/figures.py'),
                                     'deltaf1_al.figures.switch_timing': ('figures.html#switch_timing', 'deltaf1_al/figures.py'),
+                                    'deltaf1_al.figures.timing_dots': ('figures.html#timing_dots', 'deltaf1_al/figures.py'),
+                                    'deltaf1_al.figures.trigger_timing': ('figures.html#trigger_timing', 'deltaf1_al/figures.py'),
                                     'deltaf1_al.figures.unit_of': ('figures.html#unit_of', 'deltaf1_al/figures.py')},
             'deltaf1_al.loop': { 'deltaf1_al.loop.ActiveLearner': ('loop.html#activelearner', 'deltaf1_al/loop.py'),
                                  'deltaf1_al.loop.ActiveLearner.__init__': ('loop.html#activelearner.__init__', 'deltaf1_al/loop.py'),

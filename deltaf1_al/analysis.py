@@ -90,7 +90,7 @@ def read_json(
 
 # %% ../nbs/12_analysis.ipynb #fef8c932
 VARIED = ["strategy", "seed", "epsilon", "k", "n_stop", "extension", "out_dir", "n_rounds", "store", "keep", "store_limit"]  # what a comparison may vary
-RUN_COLUMNS = ["dataset", "encoder", "query", "strategy", "epsilon", "k", "seed", "config_hash", "n_val"]
+RUN_COLUMNS = ["dataset", "encoder", "query", "strategy", "epsilon", "k", "seed", "config_hash", "n_val", "n_stop"]
 
 def read_run(
     folder: str | Path,  # the folder of a run

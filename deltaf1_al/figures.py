@@ -6,8 +6,8 @@
 __all__ = ['COMMON', 'STYLES', 'LOOKS', 'SPARE', 'VARIANTS', 'TITLES', 'SHADES', 'PHASE_COLUMNS', 'HEAT', 'METADATA', 'style',
            'new_figure', 'looks_of', 'unit_of', 'axis_title', 'spread', 'label_ends', 'one_comparison', 'mean_curve',
            'learning_curves', 'switch_points', 'mark_epsilon', 'mark_switches', 'delta_f1_trend', 'row_names',
-           'switch_timing', 'phase_costs', 'cost_by_phase', 'run_figure', 'heat_map', 'heat_maps', 'speed_bars',
-           'save_figure']
+           'timing_dots', 'switch_timing', 'trigger_timing', 'phase_costs', 'cost_by_phase', 'run_figure', 'heat_map',
+           'heat_maps', 'speed_bars', 'save_figure']
 
 # %% ../nbs/13_figures.ipynb #a914eb9e
 import io
@@ -270,6 +270,31 @@ def row_names(
     parts = ["dataset"] + [column for column in ("query", "encoder", "arm") if named[column].nunique() > 1]
     return named[parts].agg(", ".join, axis=1)
 
+# %% ../nbs/13_figures.ipynb #5f000501
+def timing_dots(
+    table: pd.DataFrame,  # `row`, `switch_round` (missing: never) and `look`, one of `LOOKS`
+    rows: list,  # the names of the rows, from above
+    last: int,  # the last round there is
+    ax: plt.Axes = None,  # where to draw; default a new figure
+) -> plt.Figure:
+    "One dot for each line of the table at its round, dots that coincide side by side; `never` is on the right."
+    never = last + max(1, last / 8)
+    table = table.assign(at=table["switch_round"].astype(float).fillna(never))
+    same = table.groupby(["row", "at"])["at"]
+    heights = table["row"].map(rows.index) + (same.cumcount() - (same.transform("size") - 1) / 2) * 0.15
+    if ax is None:
+        _, (ax,) = new_figure((0.3 + 0.2 * len(rows),))
+    for name, part in table.assign(height=heights).groupby("look", sort=False):
+        look = {key: LOOKS[name][key] for key in ("color", "marker")} if table["look"].nunique() > 1 else {"color": LOOKS[name]["color"], "marker": "o"}
+        ax.plot(part["at"], part["height"], linestyle="none", **look)
+    ticks = [t for t in mpl.ticker.MaxNLocator(7, integer=True).tick_values(1, last) if 1 <= t <= last]
+    ax.set_xticks([*ticks, never], [*(f"{t:.0f}" for t in ticks), "never"])
+    ax.axvline((last + never) / 2, color="0.7", linewidth=0.6, linestyle=":")
+    ax.set(xlabel="first round after the switch", xlim=(0.5, never + 0.5), ylim=(len(rows) - 0.4, -0.6))
+    ax.set_yticks(range(len(rows)), rows)
+    ax.grid(False)
+    return ax.figure
+
 # %% ../nbs/13_figures.ipynb #b9a98990
 def switch_timing(
     runs: pd.DataFrame,  # rows of `load_runs`
@@ -281,21 +306,21 @@ def switch_timing(
         raise UserError("runs hold no strategy that can switch; include hybrid runs")
     runs = runs[can_switch]
     table = switch_rounds(runs).assign(row=row_names(runs.drop_duplicates("config_hash")).to_numpy())
-    rows, last = sorted(set(table["row"])), int(runs["round"].max())
-    never = last + max(1, last / 8)
-    table["at"] = table["switch_round"].astype(float).fillna(never)
-    same = table.groupby(["row", "at"])["at"]
-    offset = (same.cumcount() - (same.transform("size") - 1) / 2) * 0.15
-    if ax is None:
-        _, (ax,) = new_figure((0.3 + 0.2 * len(rows),))
-    ax.plot(table["at"], table["row"].map(rows.index) + offset, "o", color=LOOKS["hybrid"]["color"])
-    ticks = [t for t in mpl.ticker.MaxNLocator(7, integer=True).tick_values(1, last) if 1 <= t <= last]
-    ax.set_xticks([*ticks, never], [*(f"{t:.0f}" for t in ticks), "never"])
-    ax.axvline((last + never) / 2, color="0.7", linewidth=0.6, linestyle=":")
-    ax.set(xlabel="first round after the switch", xlim=(0.5, never + 0.5), ylim=(len(rows) - 0.4, -0.6))
-    ax.set_yticks(range(len(rows)), rows)
-    ax.grid(False)
-    return ax.figure
+    return timing_dots(table.assign(look="hybrid"), sorted(set(table["row"])), int(runs["round"].max()), ax)
+
+# %% ../nbs/13_figures.ipynb #5f000503
+def trigger_timing(
+    table: pd.DataFrame,  # `trigger`, `dataset` and `switch_round` (missing: never), a line a trigger and run
+    last: int,  # the last round there is
+) -> plt.Figure:
+    "The round in which each trigger would switch, one mark a run; rows in the order of the table."
+    looks = dict(zip(dict.fromkeys(table["dataset"]), list(LOOKS)[1:]))
+    if len(set(table["dataset"])) > len(looks):
+        raise UserError(f"the table holds {table['dataset'].nunique()} data sets; allowed are {len(LOOKS) - 1} in one figure")
+    figure = timing_dots(table.assign(row=table["trigger"], look=table["dataset"].map(looks)), list(dict.fromkeys(table["trigger"])), last)
+    marks = [mpl.lines.Line2D([], [], linestyle="none", color=LOOKS[look]["color"], marker=LOOKS[look]["marker"], label=name) for name, look in looks.items()]
+    figure.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize=mpl.rcParams["font.size"] * 0.9)
+    return figure
 
 # %% ../nbs/13_figures.ipynb #cb325e01
 SHADES = {"train": "#08306B", "score": "#4292C6", "evaluate": "#A6CEE3", "query": "#E8EEF4", "load": "#FFFFFF"}
