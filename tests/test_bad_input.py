@@ -37,8 +37,17 @@ PARAMETERS = [
     (dict(n_initial=100, n_query=100, n_rounds=3, pool_size=300), "n_initial + n_rounds * n_query is 400; allowed is at most pool_size (300)"),
     (dict(n_initial=9000, pool_size=0), "n_initial + n_rounds * n_query is"),
     (dict(dataset="agnews"), "dataset is 'agnews'; allowed are docstrings, ag_news, imdb, jigsaw, a file, a folder or a hub id"),
-    (dict(strategy="finetune"), "strategy is 'finetune'; allowed are retrain, fine-tune, new-only, hybrid"),
-    (dict(query="bald"), "query is 'bald'; allowed are random, least-confidence, margin, entropy"),
+    (dict(strategy="finetune"), "strategy is 'finetune'; allowed are retrain, fine-tune, new-only, shrink-perturb, replay, hybrid, or two plans and a trigger"),
+    (dict(strategy="retrain>replay@kapa(0.9)"), "trigger is 'kapa'; allowed are never, delta_f1, delta_f1_interval"),
+    (dict(strategy="retrain>replay@kappa(0.9"), "trigger is 'kappa(0.9'; allowed are never, delta_f1"),
+    (dict(strategy="retrain>replay@kappa(9)"), "threshold is 9.0; allowed is 0 to 1"),
+    (dict(strategy="retrain>fine-tune@delta_f1('0.1')"), "epsilon must be of type float, not str ('0.1')"),
+    (dict(strategy="retrain>replay@kappa"), "n_stop is 0, and the trigger of 'retrain>replay@kappa' compares models on unlabelled texts; allowed is 1 to"),
+    (dict(strategy="retrain>fine-tune@oracle('none.json')"), "oracle has the study 'none.json', which cannot be read; allowed is a sensitivity.json"),
+    (dict(n_stop=10**6), "n_stop is 1000000; allowed is at most"),
+    (dict(query="badgee"), "query is 'badgee'; allowed are random, least-confidence, margin, entropy, max-entropy"),
+    (dict(query="cvirs"), "query is 'cvirs', which is for several labels, not for classes; allowed are random, least-confidence, margin, entropy, core-set"),
+    (dict(extension="mine"), "extension is 'mine'; allowed is a Python file that exists"),
     (dict(encoder="./no-such-folder"), "encoder is './no-such-folder', a folder without config.json"),
     (dict(encoder="nobody/no-such-model"), "encoder is 'nobody/no-such-model', which cannot be used"),
     (dict(max_length=4000), "max_length is 4000; allowed is at most 512"),
@@ -56,6 +65,13 @@ def test_parameter(given, sentence, tiny_encoder, tmp_path):
         start(**{"encoder": tiny_encoder, "out_dir": str(tmp_path), **given})
     assert sentence in str(error.value) and "\n" not in str(error.value)
     assert not rounds_of(tmp_path)
+
+
+def test_a_query_without_its_library(tiny_encoder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"query is 'falcun', which needs scikit-activeml; install it with: pip install 'deltaf1_al\[strategies\]'"):
+        check_run(resolve(encoder=tiny_encoder, query="falcun"))
+    check_run(resolve(encoder=tiny_encoder, query="badge"))
 
 
 def changed(**columns):

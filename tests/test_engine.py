@@ -27,8 +27,9 @@ def in_team(size, parameters, tmp_path, script="nbs/run_in_team.py"):
 
 
 @accelerated
-def test_two_processes_select_what_one_selects(tiny_encoder, tmp_path):
-    given = {**TINY, "dataset": "docstrings", "encoder": tiny_encoder, "strategy": "hybrid", "epsilon": 0.9, "k": 1, "n_rounds": 3, "learning_rate": 1e-3}
+@pytest.mark.parametrize("query", ["core-set", "bald"])
+def test_two_processes_select_what_one_selects(query, tiny_encoder, tmp_path):
+    given = {**TINY, "dataset": "docstrings", "encoder": tiny_encoder, "strategy": "hybrid", "epsilon": 0.9, "k": 1, "n_rounds": 3, "learning_rate": 1e-3, "query": query, "n_stop": 30, "n_passes": 2}
     runs = {}
     for size in (1, 2):
         given |= {"out_dir": str(tmp_path / f"run-{size}"), "store": str(tmp_path / f"store-{size}")}

@@ -12,7 +12,7 @@ from deltaf1_al.config import resolve
 from deltaf1_al.corpus import docstrings, load_corpus
 from deltaf1_al.loop import ActiveLearner, simulate
 
-FIELDS = """round plan n_labeled n_trained val_macro_f1 test_macro_f1 delta_f1 settled switched train_steps train_examples train_tokens
+FIELDS = """round plan n_labeled n_charged n_trained val_macro_f1 test_macro_f1 delta_f1 settled switched train_steps train_examples train_tokens
 train_padded_tokens train_flops score_tokens score_flops seconds""".split()
 
 
@@ -49,7 +49,8 @@ def test_a_misspelt_parameter_stops_the_other_notebooks_too(notebook, tmp_path):
     assert done.returncode != 0 and "unknown parameter sead" in done.stdout + done.stderr
 
 
-def test_counts_of_a_run(tiny_encoder, monkeypatch):
+@pytest.mark.parametrize("strategy", ["retrain", "fine-tune", "new-only", "shrink-perturb", "replay", "retrain>replay@classification_change(1.0)"])
+def test_counts_of_a_run(strategy, tiny_encoder, monkeypatch):
     "One load from disk; every text scored at most once a round; validation and test never trained on; every label trained on."
     import deltaf1_al.loop as loop
     import transformers
@@ -59,16 +60,18 @@ def test_counts_of_a_run(tiny_encoder, monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: loads.append(a) or load(*a, **k))
     monkeypatch.setattr(loop, "score", lambda e, t, rows, *a, **k: scored.append((len(learner.records), rows)) or score(e, t, rows, *a, **k))
     monkeypatch.setattr(loop, "train", lambda e, t, rows, *a, **k: trained.append(rows) or train(e, t, rows, *a, **k))
-    config = resolve(**{**TINY, "dataset": "docstrings", "encoder": tiny_encoder, "strategy": "retrain", "candidate_size": 0, "max_length": 64})
+    config = resolve(**{**TINY, "dataset": "docstrings", "encoder": tiny_encoder, "strategy": strategy, "candidate_size": 0, "max_length": 64, "n_stop": 30})
     corpus = load_corpus(config)
     learner = ActiveLearner(config, corpus)
     records = simulate(learner)
     assert len(loads) == 1
     for round in range(config.n_rounds + 1):
-        rows = np.concatenate([rows for r, rows in scored if r == round])
+        evaluated, *asked = [rows for r, rows in scored if r == round and len(rows) != config.n_stop][::-1]
+        rows = np.concatenate([evaluated, *asked])
         assert len(np.unique(rows)) == len(rows)
     assert not set(np.concatenate(trained)) & (set(corpus.val) | set(corpus.test))
-    assert set(trained[-1]) == set(np.concatenate(learner.bought)) and len(trained[-1]) == config.n_labels
+    assert set(np.concatenate(trained)) == set(np.concatenate(learner.bought)) and [len(rows) for rows in trained] == [r.n_trained for r in records]
+    assert sum(len(rows) == config.n_stop for _, rows in scored) == len(records)
     assert [r.train_examples for r in records] == [r.train_epochs * r.n_trained for r in records]
     for r in records[1:]:
         assert r.score_padded_tokens <= 1.10 * r.score_tokens and r.eval_padded_tokens <= 1.10 * r.eval_tokens
