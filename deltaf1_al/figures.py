@@ -87,7 +87,7 @@ def looks_of(
     return looks
 
 # %% ../nbs/13_figures.ipynb #10f2068b
-TITLES = {"round": "round", "n_labeled": "labelled texts", "n_charged": "labels, validation included", "delta_f1": "ΔF1 (validation)",
+TITLES = {"round": "round", "n_labeled": "labelled texts", "n_charged": "labels charged", "delta_f1": "ΔF1 (validation)",
           "test_macro_f1": "test macro-F1", "val_macro_f1": "validation macro-F1", "test_micro_f1": "test micro-F1",
           "val_micro_f1": "validation micro-F1", "test_roc_auc": "test ROC-AUC", "val_roc_auc": "validation ROC-AUC",
           "cum_train_flops": "training cost", "cum_total_flops": "total cost", "cum_seconds_train": "training time",

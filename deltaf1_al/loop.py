@@ -195,8 +195,12 @@ ActiveLearner._parts = _parts
 
 
 def _rows(self: ActiveLearner, round: int) -> np.ndarray:
-    "The ids a round trains on, in the order they were bought."
-    return self.plans[round].choose(self.bought[: round + 1], stream(self.config.seed, "plan", round))
+    "The ids a round trains on; `UserError` when the plan gives others than those that were bought, or none."
+    plan, bought = self.plans[round], self.bought[: round + 1]
+    rows = np.asarray(plan.choose(bought, stream(self.config.seed, "plan", round)))
+    if rows.ndim != 1 or not len(rows) or len(np.unique(rows)) < len(rows) or not np.isin(rows, np.concatenate(bought)).all():
+        raise UserError(f"plan {plan.name!r} chose {rows.shape} ids in round {round}; allowed are ids bought so far, each once, one or more")
+    return rows
 
 
 ActiveLearner._rows = _rows

@@ -77,6 +77,18 @@ def test_counts_of_a_run(strategy, tiny_encoder, monkeypatch):
         assert r.score_padded_tokens <= 1.10 * r.score_tokens and r.eval_padded_tokens <= 1.10 * r.eval_tokens
 
 
+def test_the_oracle_switches_where_the_study_says(papermill, tmp_path):
+    process, _ = papermill(notebook="nbs/sensitivity.ipynb", out_dir=str(tmp_path / "study"), epsilons=[1.0], ks=[1, 2])
+    assert process.returncode == 0, process.output
+    study = json.loads((tmp_path / "study" / "sensitivity.json").read_text())
+    best = study["oracle"][0]["switch_round"]
+    process, folder = papermill(strategy=f"retrain>fine-tune@oracle('{tmp_path}/study/sensitivity.json')")
+    assert process.returncode == 0, process.output
+    assert json.loads((folder / "summary.json").read_text())["switch_round"] == best and all(r["reused"] for r in rounds_of(folder))
+    process, _ = papermill(strategy=f"retrain>fine-tune@oracle('{tmp_path}/study/sensitivity.json')", n_query=9, out_dir=str(tmp_path / "other"))
+    assert process.returncode != 0 and "oracle has a study whose n_query is 8, here 9; allowed is a study with the settings of the run" in process.output
+
+
 MEMORY = """
 import resource, sys, time
 import numpy as np
