@@ -136,9 +136,10 @@ class Encoder:
         "Return to the first weights, or to `previous` * present + `fresh` * first (shrink and perturb: Ash & Adams 2020, section 4)."
         if (previous, fresh) == (1, 0):
             return
-        present = self.model.state_dict()
-        mixed = {name: (previous * present[name].cpu() + fresh * w if previous and w.is_floating_point() else w) for name, w in self.initial.items()}
-        self.model.load_state_dict(mixed)
+        weights, present = self.initial, self.model.state_dict()
+        if (previous, fresh) != (0, 1):
+            weights = {name: previous * present[name].cpu() + fresh * w if w.is_floating_point() else w for name, w in weights.items()}
+        self.model.load_state_dict(weights)
 
     def state(self) -> dict[str, torch.Tensor]:
         "A copy of the present weights."

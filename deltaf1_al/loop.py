@@ -185,8 +185,8 @@ ActiveLearner._common = _common
 def _parts(self: ActiveLearner, round: int) -> dict:
     "Everything that determines a round."
     plan, rows = self.plans[round], self._rows(round)
-    mixed = f"{plan.previous:g} * {self.keys[round - 1]} + {plan.fresh:g} * first" if round and plan.fresh else self.keys[round - 1] if round else ""
-    start = "fresh" if plan.start == "fresh" else mixed
+    before = self.keys[round - 1] if plan.previous else ""
+    start = {(0, 1): "fresh", (1, 0): before}.get((plan.previous, plan.fresh), f"{plan.previous!r} * {before} + {plan.fresh!r} * first")
     machine = {name: value for name, value in environment(self.loaded.device).items() if name != "python"} | {"processes": self.team.size}
     return self.common | {"machine": machine, "kind": "round", "round": round, "start": start, "rows": hashed(rows, self.labels[rows])}
 

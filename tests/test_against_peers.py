@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from scipy.spatial.distance import cdist
 
-import deltaf1_al.adapter  # noqa: F401 (enters the queries of scikit-activeml)
 from deltaf1_al import query
+from deltaf1_al.adapter import asked, positions, precomputed
 from deltaf1_al.config import UserError, construct
 from deltaf1_al.metrics import agreement, delta_f1_interval, macro_f1, report, tune_thresholds
 from deltaf1_al.query import QUERIES, Candidates, farthest_first, gradient_errors, spread_out
@@ -70,8 +70,6 @@ def ask_small_text(strategy, probs, n):
 
 
 def ask_scikit_activeml(strategy, candidates, n):
-    from deltaf1_al.adapter import asked, positions, precomputed
-
     return asked(strategy, candidates, n, positions(candidates), clf=precomputed(candidates), fit_clf=False)
 
 
@@ -177,8 +175,7 @@ def test_core_set_with_ties(library, request):
     peers, n_tied = request.getfixturevalue({"scikit-activeml": "skactiveml", "small-text": "small_text"}[library]), 0
     for rng in cases():
         (points, centers), n = scattered(rng, lattice=True), int(rng.integers(1, 13))
-        theirs, ours = their_core_set(library, peers, points, centers, n), farthest_first(points, centers, n)
-        for path in (theirs, ours):
+        for path in (their_core_set(library, peers, points, centers, n), farthest_first(points, centers, n)):
             assert len(set(path.tolist())) == n
             for i, taken in enumerate(path):
                 there = np.concatenate([centers, points[path[:i]]])
@@ -246,8 +243,6 @@ def test_badge_is_k_means_plus_plus():
 
 def test_badge_of_scikit_activeml_has_the_origin_as_a_centre(skactiveml):
     "Its second step draws by min(length², distance²), so that the certain are hardly ever drawn; it is not ours, and with the origin put in, it is."
-    from deltaf1_al.adapter import positions, precomputed
-
     n_different = 0
     for rng, probs, embeddings in badge_cases():
         candidates = seen(rng, probs)
@@ -373,7 +368,7 @@ def same_verdicts(ours, theirs, observations, predictions):
 
 
 def test_kappa_is_that_of_scikit_learn():
-    "κ by scikit-learn and by its formula; for several labels the mean, a label of which nothing was said twice counting as agreement."
+    "κ by scikit-learn and by its formula; for several labels the mean, and a label that neither model ever decides for counts as agreement."
     from sklearn.metrics import cohen_kappa_score
 
     for rng in cases():
@@ -423,7 +418,7 @@ def test_predicted_delta_f1_is_that_of_small_text(small_text):
             round[0] = 1  # what happens without a positive is below
         columns = [d[:, None] for d in decided]
         fired += same_verdicts(PredictedDeltaF1(epsilon, k), small_text.DeltaFScore(2, k, epsilon), observed(columns, 1), decided)
-        for before, now in zip(decided, decided[1:]):
+        for before, now in zip(decided[:1], decided[1:]):
             each = [agreement((before == c).astype(int)[:, None], (now == c).astype(int)[:, None], 1)["predicted_delta_f1"] for c in (0, 1)]
             assert agreement(before, now, 2)["predicted_delta_f1"] == pytest.approx(np.mean(each))
     assert N_CASES / 4 < fired < N_CASES, fired
@@ -438,13 +433,13 @@ def test_predicted_delta_f1_where_nothing_is_positive(small_text):
 
 
 def test_classification_change_is_that_of_small_text(small_text):
-    "The same verdict in each round, for classes and, as sparse matrices, for several labels. Shares of 64 texts are exact, so the boundary is too."
+    "The same verdict in each round, for classes and, as sparse matrices, for several labels. Shares of 32 texts are exact, so the boundary is too."
     fired = {"classes": 0, "several labels": 0}
-    for case, rng in enumerate(cases()):
-        n_labels, threshold = int(rng.integers(2, 5)), int(rng.integers(0, 7)) / 64
-        decided = successive(rng, n_labels=n_labels)
+    for rng in cases():
+        n_labels, threshold = int(rng.integers(2, 5)), int(rng.integers(0, 5)) / 32
+        decided = successive(rng, 32, n_labels)
         fired["classes"] += same_verdicts(ClassificationChange(threshold), small_text.ClassificationChange(n_labels, threshold), observed(decided, n_labels), decided)
-        several = [np.stack([(d >> j) & 1 for j in range(n_labels)], axis=1) for d in successive(rng, n_labels=2**n_labels)]
+        several = [np.stack([(d >> j) & 1 for j in range(n_labels)], axis=1) for d in successive(rng, 32, 2**n_labels)]
         theirs = small_text.ClassificationChange(n_labels, threshold)
         fired["several labels"] += same_verdicts(ClassificationChange(threshold), theirs, observed(several, n_labels), [csr_matrix(d) for d in several])
     assert all(N_CASES / 4 < n < N_CASES for n in fired.values()), fired
@@ -478,9 +473,7 @@ def test_scores_are_those_of_scikit_learn():
         thresholds = tune_thresholds(probs, several) if case % 3 else np.full(n_labels, 0.5)
         ours, decided, both = report(probs, several, thresholds), (probs > thresholds).astype(int), (several.min(0) < several.max(0))
         assert ours["macro_f1"] == pytest.approx(f1_score(several, decided, average="macro", zero_division=0)) == pytest.approx(macro_f1(several, decided, n_labels))
-        assert ours["micro_f1"] == pytest.approx(f1_score(several.ravel(), decided.ravel(), zero_division=0))
-        if n_labels > 1:
-            assert ours["micro_f1"] == pytest.approx(f1_score(several, decided, average="micro", zero_division=0))
+        assert ours["micro_f1"] == pytest.approx(f1_score(several, decided, average="micro", zero_division=0))
         expected = roc_auc_score(several[:, both], probs[:, both], average="macro") if both.any() else float("nan")
         assert ours["roc_auc"] == pytest.approx(expected, nan_ok=True)
 
@@ -672,13 +665,13 @@ def test_faults_of_the_library(name):
 
 
 def test_batch_bald_repeats_itself_on_ordinary_passes():
-    "100 of 300 texts with passes like any others: the joint samples run out, utilities tie, and the question that was asked ends in the message for a faulty query."
+    "100 of 120 texts, no two alike, on which the passes disagree: late utilities lose what tells them apart, tie, and the question ends in the message for a faulty query."
     installed("batch-bald")
-    passes = np.random.default_rng(0).dirichlet(np.ones(4), (10, 300))
+    passes = np.random.default_rng(0).dirichlet(np.ones(4), (10, 120))
     candidates = seen(np.random.default_rng(0), passes.mean(0), passes=passes)
     with pytest.raises(UserError, match="query 'batch_bald' gave .100,. ids; allowed are 100 different ones"):
         QUERIES["batch-bald"](candidates, 100)
-    assert len(set(QUERIES["batch-bald"](candidates, 20).tolist())) == 20
+    assert len(set(QUERIES["batch-bald"](candidates, 10).tolist())) == 10
 
 
 @pytest.mark.parametrize("name", ["random", "cvirs", *MEASURES])
@@ -898,4 +891,3 @@ def test_random_text_is_read_or_refused_in_one_sentence(text):
 def test_text_nested_too_deep_is_refused(n):
     with pytest.raises(UserError):
         strategy_of(f"replay({'-' * n}1)", 0.01, 2)
-
