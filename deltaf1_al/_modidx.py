@@ -5,6 +5,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'deltaf1_al.adapter.asked': ('adapter.html#asked', 'deltaf1_al/adapter.py'),
                                     'deltaf1_al.adapter.bald': ('adapter.html#bald', 'deltaf1_al/adapter.py'),
                                     'deltaf1_al.adapter.batch_bald': ('adapter.html#batch_bald', 'deltaf1_al/adapter.py'),
+                                    'deltaf1_al.adapter.check_candidates': ('adapter.html#check_candidates', 'deltaf1_al/adapter.py'),
                                     'deltaf1_al.adapter.check_library': ('adapter.html#check_library', 'deltaf1_al/adapter.py'),
                                     'deltaf1_al.adapter.clue': ('adapter.html#clue', 'deltaf1_al/adapter.py'),
                                     'deltaf1_al.adapter.contrastive': ('adapter.html#contrastive', 'deltaf1_al/adapter.py'),

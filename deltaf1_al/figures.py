@@ -283,10 +283,9 @@ def timing_dots(
     same = table.groupby(["row", "at"])["at"]
     heights = table["row"].map(rows.index) + (same.cumcount() - (same.transform("size") - 1) / 2) * 0.15
     if ax is None:
-        _, (ax,) = new_figure((0.3 + 0.2 * len(rows),))
+        _, (ax,) = new_figure((0.3 + min(0.2 * len(rows), 0.6 + 0.08 * len(rows)),))
     for name, part in table.assign(height=heights).groupby("look", sort=False):
-        look = {key: LOOKS[name][key] for key in ("color", "marker")} if table["look"].nunique() > 1 else {"color": LOOKS[name]["color"], "marker": "o"}
-        ax.plot(part["at"], part["height"], linestyle="none", **look)
+        ax.plot(part["at"], part["height"], linestyle="none", color=LOOKS[name]["color"], marker=LOOKS[name]["marker"])
     ticks = [t for t in mpl.ticker.MaxNLocator(7, integer=True).tick_values(1, last) if 1 <= t <= last]
     ax.set_xticks([*ticks, never], [*(f"{t:.0f}" for t in ticks), "never"])
     ax.axvline((last + never) / 2, color="0.7", linewidth=0.6, linestyle=":")
@@ -318,6 +317,7 @@ def trigger_timing(
     if len(set(table["dataset"])) > len(looks):
         raise UserError(f"the table holds {table['dataset'].nunique()} data sets; allowed are {len(LOOKS) - 1} in one figure")
     figure = timing_dots(table.assign(row=table["trigger"], look=table["dataset"].map(looks)), list(dict.fromkeys(table["trigger"])), last)
+    figure.axes[0].grid(True, axis="y")
     marks = [mpl.lines.Line2D([], [], linestyle="none", color=LOOKS[look]["color"], marker=LOOKS[look]["marker"], label=name) for name, look in looks.items()]
     figure.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize=mpl.rcParams["font.size"] * 0.9)
     return figure

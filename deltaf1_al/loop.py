@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from . import __version__, query
-from .adapter import check_library, library_versions
+from .adapter import check_candidates, check_library, library_versions
 from .config import RunConfig, UserError, choose, fingerprint, load_extension, stream, stream_seed, write_atomic
 from .corpus import Corpus
 from .encoder import Encoder, encoder_path, environment, hardware, load_encoder, peak_memory
@@ -138,6 +138,7 @@ class ActiveLearner:
         self.team, self.config, self.corpus, self.store, self.clock, self.say = team, config, corpus, store, Clock(), say
         self.strategy, self.query = strategy_of(config.strategy, config.epsilon, config.k), query_for(config.query, corpus.multilabel)
         self.trigger = self.strategy.trigger
+        check_candidates(config.query, config.candidate_size or len(corpus.pool))
         if config.n_stop > len(corpus.pool):
             raise UserError(f"n_stop is {config.n_stop}; allowed is at most {len(corpus.pool)}, the size of the pool")
         with self.clock("load"):
