@@ -89,10 +89,16 @@ def asked(
     features: np.ndarray,  # (n + m, width), or `positions`
     **given,  # what the strategy's `query` takes besides
 ) -> np.ndarray:
-    "The `n` ids a strategy chooses."
-    labels = np.zeros(len(candidates.labels)) if candidates.multilabel else candidates.labels
-    y = np.concatenate([np.full(len(candidates.ids), np.nan), labels])
-    return candidates.ids[strategy.query(features, y, candidates=np.arange(len(candidates.ids)), batch_size=n, **given)]
+    "The `n` ids a strategy chooses; where it gives an id twice, as some do for copies, the place goes by lot. `UserError` when it fails."
+    labels, every = np.zeros(len(candidates.labels)) if candidates.multilabel else candidates.labels, np.arange(len(candidates.ids))
+    y = np.concatenate([np.full(len(every), np.nan), labels])
+    try:
+        chosen = strategy.query(features, y, candidates=every, batch_size=n, **given)
+    except Exception as e:  # whatever it does not foresee, such as fewer different texts than it wants clusters
+        name, reason = type(strategy).__name__, (str(e) or "no reason given").splitlines()[0]
+        raise UserError(f"query of scikit-activeml {name} cannot choose {n} of these candidates ({type(e).__name__}: {reason}); allowed is another query") from e
+    others = np.setdiff1d(every, chosen)
+    return candidates.ids[[*dict.fromkeys(chosen), *others[np.argsort(candidates.random[others], kind="stable")]][:n]]
 
 
 def all_embeddings(
@@ -169,8 +175,8 @@ def probcover(candidates: Candidates, n: int) -> np.ndarray:
     "Texts whose neighbourhoods cover the most of what is not covered yet."
     from skactiveml.pool import ProbCover
 
-    state, n_labels = state_of(candidates), candidates.probs.shape[1]
-    strategy = ProbCover(n_classes=n_labels, cluster_algo_dict={"random_state": state}, random_state=state)
+    state, n_clusters = state_of(candidates), min(candidates.probs.shape[1], len(candidates.ids) + len(candidates.labels))
+    strategy = ProbCover(n_classes=n_clusters, cluster_algo_dict={"random_state": state}, random_state=state)
     return asked(strategy, candidates, n, all_embeddings(candidates))
 
 

@@ -122,7 +122,7 @@ def construct(
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or len({k.arg for k in call.keywords}) < len(call.keywords):
             raise ValueError("more than one call, or an argument twice")
         given = signature.bind_partial(*map(ast.literal_eval, call.args), **{k.arg: ast.literal_eval(k.value) for k in call.keywords}).arguments
-    except (SyntaxError, ValueError, TypeError, AttributeError) as e:
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as e:
         raise UserError(f"{parameter} has {text!r}, which cannot be read; allowed is {match[1]}({listed(takes)})") from e
     given |= {name: value for name, value in offered.items() if name in signature.parameters and name not in given}
     if missing := [p.name for p in signature.parameters.values() if p.default is p.empty and p.name not in given]:

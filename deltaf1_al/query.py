@@ -237,7 +237,8 @@ def borda(
 ) -> np.ndarray:
     "(n,) from 0 to 1: for each label the share of texts with a wider margin, mean over labels; ties share their ranks."
     n = len(probs)
-    return (n - rankdata(np.abs(2 * probs - 1), axis=0)).mean(1) / max(n - 1, 1)
+    margins = np.abs(2 * probs - 1).round(12)  # 0.3 and 0.7 are as far from a half
+    return (n - rankdata(margins, axis=0)).mean(1) / max(n - 1, 1)
 
 # %% ../nbs/07_query.ipynb #5f000134
 @query("cvirs", data="several labels", cost="n·C·log n", memory="n·C", source="Reyes, Morell & Ventura 2018")
@@ -253,8 +254,7 @@ def farthest_first(
     n: int,
 ) -> np.ndarray:
     "Positions of `n` points, each the one farthest from the centers and those before it; equal distances go to the first."
-    _, nearest = pairwise_distances_argmin_min(points, centers)
-    nearest, chosen = np.square(nearest), []
+    (_, nearest), chosen = pairwise_distances_argmin_min(points, centers, metric="sqeuclidean"), []
     for _ in range(n):
         chosen.append(int(nearest.argmax()))
         nearest = np.minimum(nearest, np.square(points - points[chosen[-1]]).sum(1))

@@ -80,7 +80,7 @@ def named(
     default: tuple,  # the values that go without saying
 ) -> str:
     "What records call a plan."
-    return name if values == default else f"{name}({listed(f'{value:g}' for value in values)})"
+    return name if values == default else f"{name}({listed(repr(value).removesuffix('.0') for value in values)})"
 
 # %% ../nbs/09_strategy.ipynb #5f000109
 @register(PLANS, "shrink-perturb")

@@ -2,7 +2,6 @@
 import importlib.util
 import json
 import math
-import re
 import warnings
 from dataclasses import replace
 
@@ -23,9 +22,11 @@ from deltaf1_al.trigger import TRIGGERS, ClassificationChange, FixedRound, Kappa
 
 N_CASES = 200
 NOTHING = np.array([], dtype=np.int64)
-METHODS = {"margin": ("margin_sampling", "BreakingTies"), "least-confidence": ("least_confident", "LeastConfidence"), "entropy": ("entropy", "PredictionEntropy")}
+METHODS = {  # what scikit-activeml and small-text call it
+    "margin": ("margin_sampling", "BreakingTies"), "least-confidence": ("least_confident", "LeastConfidence"), "entropy": ("entropy", "PredictionEntropy"),
+}  # fmt: skip
 MEASURES = {name: getattr(query, name.replace("-", "_")) for name in ("least-confidence", "margin", "entropy", "max-entropy", "min-entropy", "least-margin")}
-modestly = settings(derandomize=True, deadline=None, max_examples=100)
+modestly = settings(derandomize=True, deadline=None, max_examples=60)
 
 
 @pytest.fixture
@@ -185,7 +186,6 @@ def test_core_set_with_ties(library, request):
     assert n_tied > N_CASES
 
 
-@pytest.mark.xfail(strict=True, reason="farthest_first squares a root: a distance² of 3 to a labelled text is 2.9999999999999996, and loses to an exact 3")
 def test_core_set_settles_ties_by_position():
     "Of equally far points the first is taken; on a lattice squared distances are whole numbers, so equal ones can be told."
     assert farthest_first(np.array([[1.0, 1, 1], [9, 0, 0], [8, 1, 1]]), np.zeros((1, 3)), 2).tolist() == [1, 0]
@@ -372,8 +372,8 @@ def test_kappa_is_that_of_scikit_learn():
     from sklearn.metrics import cohen_kappa_score
 
     for rng in cases():
-        n_labels = int(rng.integers(2, 6))
-        before, now, *_ = successive(rng, int(rng.integers(5, 60)), n_labels)
+        n_labels = int(rng.integers(2, 4))
+        before, now = successive(rng, int(rng.integers(5, 60)), n_labels, n_rounds=2)
         ours, share = agreement(before, now, n_labels)["kappa"], np.stack([np.bincount(d, minlength=n_labels) for d in (before, now)]) / len(now)
         chance = (share[0] * share[1]).sum()
         if chance < 1:
@@ -413,7 +413,7 @@ def test_predicted_delta_f1_is_that_of_small_text(small_text):
     "It knows the positive class of two; one label of ours is that class, and two classes are the mean of both."
     fired = 0
     for rng in cases():
-        k, epsilon, decided = int(rng.integers(1, 4)), float(rng.choice([0.005, 0.03, 0.2])), successive(rng)
+        k, epsilon, decided = int(rng.integers(1, 4)), float(rng.choice([0.0, 0.005, 0.03, 0.2])), successive(rng)
         for round in decided:
             round[0] = 1  # what happens without a positive is below
         columns = [d[:, None] for d in decided]
@@ -473,7 +473,7 @@ def test_scores_are_those_of_scikit_learn():
         probs = rng.random((n, n_labels)).round(3 - 2 * (case % 2))
         thresholds = tune_thresholds(probs, several) if case % 3 else np.full(n_labels, 0.5)
         ours, decided, both = report(probs, several, thresholds), (probs > thresholds).astype(int), (several.min(0) < several.max(0))
-        assert ours["macro_f1"] == pytest.approx(f1_score(several, decided, average="macro", zero_division=0)) == pytest.approx(macro_f1(several, decided, n_labels))
+        assert ours["macro_f1"] == pytest.approx(f1_score(several, decided, average="macro", zero_division=0)) == macro_f1(several, decided, n_labels)
         assert ours["micro_f1"] == pytest.approx(f1_score(several, decided, average="micro", zero_division=0))
         expected = roc_auc_score(several[:, both], probs[:, both], average="macro") if both.any() else float("nan")
         assert ours["roc_auc"] == pytest.approx(expected, nan_ok=True)
@@ -547,7 +547,8 @@ def test_shrink_and_perturb_is_its_formula():
     "λθ + pθ₀ to the last bit, with λ or p of 0 or 1 too; a count is no weight and goes back to its first value."
     for case, rng in enumerate(cases()):
         previous, fresh = (rng.random(2) * 0.9 + 0.05).tolist()
-        previous, fresh = {0: (0.0, fresh), 1: (1.0, fresh), 2: (previous, 0.0), 3: (previous, 1.0), 4: (0.0, 0.0), 5: (1.0, 1.0)}.get(case % 12, (previous, fresh))
+        edges = [(0.0, fresh), (1.0, fresh), (previous, 0.0), (previous, 1.0), (0.0, 0.0), (1.0, 1.0)]
+        previous, fresh = edges[case % 6] if case < N_CASES / 2 else (previous, fresh)
         encoder = two_layers(case)
         before = encoder.state()
         encoder.reset(previous, fresh)
@@ -602,18 +603,6 @@ def degenerate(seed, kind, points, multilabel):
     )  # fmt: skip
 
 
-# What happens now, and should not. A query that is mended goes out of this table.
-#   batch-bald: `batch_bald` settles ties in one way, and then `_GeneralBALD.query` settles them anew in each row of utilities (skactiveml/pool/_bald.py).
-#   typiclust: once no cluster without a label is left, the texts already taken are not left out, and before the first is taken `cluster_id` is not
-#     there (skactiveml/pool/_typi_clust.py).
-#   probcover: looks for as many clusters as there are classes among fewer texts (`n_classes` of `ProbCover`, given by our adapter).
-FAULTS = {
-    "batch-bald": [(UserError, "query 'batch_bald' gave .* different ones")],
-    "typiclust": [(UserError, "query 'typiclust' gave .* different ones"), (UnboundLocalError, "cluster_id")],
-    "probcover": [(ValueError, "should be >= n_clusters")],
-}
-
-
 def installed(name):
     if "library" in QUERIES[name].needs and importlib.util.find_spec("skactiveml") is None:
         pytest.skip("scikit-activeml is not installed: pip install 'deltaf1_al[strategies]'")
@@ -622,10 +611,10 @@ def installed(name):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", QUERIES)
 def test_every_query_gives_n_different_candidates(name):
-    "Whatever there is to see: constant, certain or tied probabilities, texts that are copies, embeddings of nothing; but for the faults above."
+    "Whatever there is to see: constant, certain or tied probabilities, texts that are copies, embeddings of nothing. TypiClust alone may say that it cannot."
     installed(name)
 
-    @settings(modestly, max_examples=60 if "library" in QUERIES[name].needs else 200)
+    @settings(modestly, max_examples=50 if "library" in QUERIES[name].needs else 120)
     @given(st.integers(0, 2**32), st.sampled_from(KINDS), st.sampled_from(POINTS), st.booleans(), st.floats(0, 1))
     def check(seed, kind, points, multilabel, share):
         multilabel = {"classes": False, "several labels": True}.get(QUERIES[name].data, multilabel)
@@ -633,9 +622,8 @@ def test_every_query_gives_n_different_candidates(name):
         n = 1 + round(share * (len(candidates.ids) - 1))
         try:
             ids = QUERIES[name](candidates, n)
-        except Exception as e:
-            if not any(isinstance(e, error) and re.search(message, str(e)) for error, message in FAULTS.get(name, ())):
-                raise
+        except UserError as e:
+            assert name == "typiclust" and "TypiClust cannot choose" in str(e)
             return
         assert len(set(ids.tolist())) == n == len(ids) and set(ids.tolist()) <= set(candidates.ids.tolist())
 
@@ -643,31 +631,20 @@ def test_every_query_gives_n_different_candidates(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", FAULTS)
-def test_faults_of_the_library(name):
-    "The least that shows each of them; where this no longer fails, the table above is out of date."
-    installed(name)
-    rng, zeros = np.random.default_rng(0), np.zeros
-    same = dict(labels=zeros(2, dtype=int), embeddings=zeros((4, 2)), labeled_embeddings=zeros((2, 2)))
-    few = dict(labels=zeros(1, dtype=int), embeddings=np.array([[0.0], [0.0], [0.0], [0.0], [1.0]]), labeled_embeddings=zeros((1, 1)))
-    least = {
-        "batch-bald": [(seen(rng, np.full((9, 2), 0.5), passes=np.full((2, 9, 2), 0.5)), 6)],  # nothing to tell the texts apart
-        "typiclust": [(seen(rng, np.full((5, 2), 0.5), **few), 4), (seen(rng, np.full((4, 2), 0.5), **same), 2)],  # texts that are copies
-        "probcover": [(seen(rng, np.full((1, 4), 0.25), labels=zeros(2, dtype=int), embeddings=zeros((1, 2)), labeled_embeddings=np.ones((2, 2))), 1)],
-    }
-    for (candidates, n), (error, message) in zip(least[name], FAULTS[name], strict=True):
-        with pytest.raises(error, match=message):
-            QUERIES[name](candidates, n)
-
-
-def test_batch_bald_repeats_itself_on_ordinary_passes():
-    "100 of 120 texts, no two alike, on which the passes disagree: late utilities lose what tells them apart, tie, and the question ends in the message for a faulty query."
+def test_faults_of_the_library():
+    """
+    BatchBALD of scikit-activeml settles ties twice, in two ways, and so gives a text twice; TypiClust does where texts are copies, and ends in an
+    UnboundLocalError when no cluster is without a label (skactiveml/pool/_bald.py, _typi_clust.py). Places that are left go by lot; a failure is one sentence.
+    """
     installed("batch-bald")
-    passes = np.random.default_rng(0).dirichlet(np.ones(4), (10, 120))
-    candidates = seen(np.random.default_rng(0), passes.mean(0), passes=passes)
-    with pytest.raises(UserError, match="query 'batch_bald' gave .100,. ids; allowed are 100 different ones"):
-        QUERIES["batch-bald"](candidates, 100)
-    assert len(set(QUERIES["batch-bald"](candidates, 10).tolist())) == 10
+    rng, zeros = np.random.default_rng(0), np.zeros
+    passes = rng.dirichlet(np.ones(4), (10, 120))
+    few = dict(labels=zeros(1, dtype=int), embeddings=np.array([[0.0], [0.0], [0.0], [0.0], [1.0]]), labeled_embeddings=zeros((1, 1)))
+    same = dict(labels=zeros(2, dtype=int), embeddings=zeros((4, 2)), labeled_embeddings=zeros((2, 2)))
+    for name, n, candidates in (("batch-bald", 100, seen(rng, passes.mean(0), passes=passes)), ("typiclust", 4, seen(rng, np.full((5, 2), 0.5), **few))):
+        assert len(set(QUERIES[name](candidates, n).tolist())) == n < len(candidates.ids)
+    with pytest.raises(UserError, match=r"TypiClust cannot choose 2 of these candidates \(UnboundLocalError"):
+        QUERIES["typiclust"](seen(rng, np.full((4, 2), 0.5), **same), 2)
 
 
 @pytest.mark.parametrize("name", ["random", "cvirs", *MEASURES])
@@ -774,16 +751,17 @@ def number(low, high):
 
 @st.composite
 def calls(draw, name, **arguments):
-    "`name(...)` with some of the arguments, by position or by name; the first ones are needed if they are marked so."
-    given, by_name = [], False
-    for argument, (values, needed) in arguments.items():
+    "The name, `name(...)` with some of the arguments, by position or by name, and their values; an argument may be needed."
+    given, values, by_name = [], {}, False
+    for argument, (allowed, needed) in arguments.items():
         if not needed and draw(st.booleans()):
             by_name = True  # one is left out, so that those after it need their names
             continue
         by_name = by_name or draw(st.booleans())
-        given.append(f"{argument}={draw(values)!r}" if by_name else repr(draw(values)))
+        values[argument] = draw(allowed)
+        given.append(f"{argument}={values[argument]!r}" if by_name else repr(values[argument]))
     space = draw(st.sampled_from(["", " "]))
-    return f"{space}{name}{space}({f',{space}'.join(given)}){space}" if given or draw(st.booleans()) else f"{space}{name}{space}"
+    return name, f"{space}{name}{space}({f',{space}'.join(given)}){space}" if given or draw(st.booleans()) else f"{space}{name}{space}", values
 
 
 OFFERED = dict(epsilon=(number(0, 1), False), k=(st.integers(1, 1000), False))  # the run has them
@@ -796,8 +774,8 @@ TRIGGER_CALLS = {
     "kappa": dict(threshold=(number(0, 1), False), window=(st.integers(1, 1000), False)), "fixed_round": dict(switch_round=(st.integers(1, 10**4), True)),
     "classification_change": dict(threshold=(number(0, 1), False), k=(st.integers(1, 1000), False)),
 }  # fmt: skip
-a_plan = st.sampled_from(sorted(PLAN_CALLS)).flatmap(lambda name: st.tuples(st.just(name), calls(name, **PLAN_CALLS[name])))
-a_trigger = st.sampled_from(sorted(TRIGGER_CALLS)).flatmap(lambda name: st.tuples(st.just(name), calls(name, **TRIGGER_CALLS[name])))
+a_plan = st.sampled_from(sorted(PLAN_CALLS)).flatmap(lambda name: calls(name, **PLAN_CALLS[name]))
+a_trigger = st.sampled_from(sorted(TRIGGER_CALLS)).flatmap(lambda name: calls(name, **TRIGGER_CALLS[name]))
 purchases = st.lists(st.integers(1, 8), min_size=1, max_size=6).flatmap(
     lambda sizes: st.permutations(range(10, 10 + sum(sizes))).map(lambda ids: np.split(np.array(ids), np.cumsum(sizes)[:-1]))
 )
@@ -832,11 +810,11 @@ def test_strategies_train_on_what_was_bought(before, after, trigger, run, bought
         plan = strategy.plan(round, strategy.trigger.fired)
         ids = set(plan.choose(bought[: round + 1], np.random.default_rng(round)).tolist())
         assert set(bought[round].tolist()) <= ids <= set(np.concatenate(bought[: round + 1]).tolist())
-        assert plan.name == "retrain" or round
+        assert plan.name == ("retrain" if round == 0 else strategy.after.name if strategy.trigger.fired else strategy.before.name)
         strategy.trigger.observe(seen_now)
 
 
-@settings(modestly, max_examples=300)
+@settings(modestly, max_examples=150)
 @given(a_plan, a_plan, a_trigger, st.one_of(st.none(), calls("switch_back", delta=(number(0, 1), True))), number(0, 1), st.integers(1, 1000))
 def test_valid_notation_is_read(before, after, trigger, back, epsilon, k):
     "One plan, two plans, and two plans with a trigger that may switch back; ε and k come from the run where they are left out."
@@ -844,14 +822,14 @@ def test_valid_notation_is_read(before, after, trigger, back, epsilon, k):
     assert not alone.switches and alone.before.name.startswith(before[0])
     if alone.before.name == construct("strategy", after[1], PLANS).name:
         return
-    rule = trigger[1] + (f"+{back}" if back else "")
+    rule = trigger[1] + (f"+{back[1]}" if back else "")
     strategy = strategy_of(f"{before[1]}>{after[1]}@{rule}", epsilon, k)
-    within = strategy.trigger.trigger if back else strategy.trigger
-    assert (strategy.before.name, strategy.switches, isinstance(strategy.trigger, SwitchBack)) == (alone.before.name, True, bool(back))
-    assert strategy.after.name.startswith(after[0]) and type(within) is TRIGGERS[trigger[0]] and not strategy.trigger.fired
-    for argument, value in (("epsilon", epsilon), ("k", k)):
-        if argument in TRIGGER_CALLS[trigger[0]] and trigger[1].strip() == trigger[0]:
-            assert getattr(within, argument) == value
+    offered = {argument: value for argument, value in (("epsilon", epsilon), ("k", k)) if argument in TRIGGER_CALLS[trigger[0]]}
+    expected = TRIGGERS[trigger[0]](**{**offered, **trigger[2]})
+    assert strategy.trigger == (SwitchBack(expected, **back[2]) if back else expected)
+    assert (strategy.before.name, strategy.switches) == (alone.before.name, True) and strategy.after.name.startswith(after[0])
+    if before[0] == "shrink-perturb":
+        assert (strategy.before.previous, strategy.before.fresh) == (before[2].get("shrink", 0.8), before[2].get("perturb", 0.2))
     assert type(strategy_of(f"{before[1]}>{after[1]}", epsilon, k).trigger) is TRIGGERS["delta_f1"]
 
 
@@ -869,21 +847,21 @@ some_text = st.one_of(
 )
 
 
-@settings(modestly, max_examples=1000)
+@settings(modestly, max_examples=600)
 @given(some_text)
 def test_random_text_is_read_or_refused_in_one_sentence(text):
     "The notation raises nothing but a `UserError` of one line."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python's own, about what it is asked to parse
-        for read in (lambda: strategy_of(text, 0.01, 2), lambda: construct("strategy", text, PLANS), lambda: construct("trigger", text, TRIGGERS, epsilon=0.01)):
+        for read in (lambda t: strategy_of(t, 0.01, 2), lambda t: construct("strategy", t, PLANS), lambda t: construct("trigger", t, TRIGGERS, epsilon=0.01)):
             try:
-                read()
+                read(text)
             except UserError as e:
                 assert "allowed" in str(e) and "\n" not in str(e)
 
 
-@pytest.mark.xfail(raises=(RecursionError, MemoryError), reason="construct lets through what Python's parser raises for text nested thousands deep")
 @pytest.mark.parametrize("n", [3000, 20000])
 def test_text_nested_too_deep_is_refused(n):
+    "Thousands of signs before a number are refused like anything else that cannot be read."
     with pytest.raises(UserError):
         strategy_of(f"replay({'-' * n}1)", 0.01, 2)
