@@ -24,7 +24,7 @@ from .trigger import TRIGGERS, first_fire, observations
 
 # %% ../nbs/12_analysis.ipynb #fb2d1257
 ROUND_FIELDS = ["round", "plan", "n_labeled", "n_charged", "n_trained", "val_macro_f1", "test_macro_f1", "delta_f1", "switched",
-                "train_examples", "train_flops", "score_flops", "eval_flops", "seconds", "queried", "key", "reused"]
+                "train_examples", "train_flops", "score_flops", "eval_flops", "stop_flops", "seconds", "queried", "key", "reused"]
 
 def read_round(
     line: str,  # JSON
@@ -307,7 +307,7 @@ def summarise(
     if len(twice):
         arm, seed, dataset = twice[["arm", "seed", "dataset"]].iloc[0]
         raise UserError(f"runs hold {arm} with seed {seed} on {dataset} more than once, with other parameters; select one")
-    table = last[RUN_COLUMNS + ["arm", "n_labeled"] + [score for score in SCORES if score in last]]
+    table = last[RUN_COLUMNS + ["arm", "n_labeled", "n_charged"] + [score for score in SCORES if score in last]]
     spent = rounds.groupby("config_hash")[COSTS + [f"seconds_{p}" for p in PHASES if p != "train"]].sum()
     table = table.rename(columns={"n_labeled": "labels"}).merge(spent.reset_index(), on="config_hash")
     table = table.merge(learning_curve_area(rounds)[["config_hash", "area"]], on="config_hash")
@@ -349,6 +349,7 @@ def format_row(
     scores = {"test F1": "test_macro_f1", "micro-F1": "test_micro_f1", "ROC-AUC": "test_roc_auc", "area": "area"}
     cells = {title: mean_sd(row, name) for title, name in scores.items() if name in row}
     cells |= {"train FLOPs": mean_sd(row, "train_vs_retrain", ".2f"), "all FLOPs": mean_sd(row, "total_vs_retrain", ".2f")}
+    cells["charged"] = format(row["n_charged"], ".4g")
     cells |= {f"{phase} s": format(row[f"seconds_{phase}"], ".1f") for phase in PHASES}
     switch = format(row["switch_round"], ".3g") if row["n_switched"] else "–"
     some = 0 < row["n_switched"] < row["seeds"]
@@ -366,9 +367,9 @@ def format_comparison(
         if len(seeds) > 1:
             rows = [{"seeds": n, **row} for n, row in zip(group["seeds"], rows)]
         count = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}"
-        title = f"{listed(key)}: {group['labels'].iloc[0]} labels, {group['n_val'].iloc[0]} more for validation, {count}"
+        title = f"{listed(key)}: {group['labels'].iloc[0]} labels, {group['n_val'].iloc[0]} texts for validation, {count}"
         blocks.append(title + "\n" + pd.DataFrame(rows, index=list(group.index.get_level_values("arm"))).to_string())
-    note = "FLOPs: relative to retrain, paired by seed, up to the same labels. switch: first round after the trigger fired."
+    note = "FLOPs: relative to retrain, paired by seed, up to the same labels. switch: first round after the trigger fired.\ncharged: labels, and those of validation where decisions depend on them."
     return "\n\n".join(blocks + [note])
 
 # %% ../nbs/12_analysis.ipynb #5c92f906
@@ -380,12 +381,11 @@ def computed_once(
     asked = rounds.groupby("config_hash")["key"].shift().fillna("") + rounds["queried"].astype(str)
     trained, asked = ~rounds["key"].duplicated(), ~asked.duplicated()
     scoring = rounds[["seconds_score", "seconds_query"]].sum(axis=1)
-    by_key = rounds.groupby("key")  # of runs that share a round, some may have looked at a stop set after it
-    stop_set = {name: by_key[name].transform("max") - rounds[name] for name in ("eval_flops", "seconds_evaluate")}
+    stopped = ~rounds[["key", "n_stop"]].astype(str).agg(" ".join, axis=1).duplicated()  # a stop set is looked at once after a round
     table = rounds[COMPARISON].assign(
         rounds=1, rounds_computed=trained.astype(int), total_flops=rounds["total_flops"], seconds_total=rounds["seconds_total"],
-        total_flops_computed=(rounds["total_flops"] - rounds["score_flops"] + stop_set["eval_flops"]) * trained + rounds["score_flops"] * asked,
-        seconds_total_computed=(rounds["seconds_total"] - scoring + stop_set["seconds_evaluate"]) * trained + scoring * asked,
+        total_flops_computed=(rounds["total_flops"] - rounds["score_flops"] - rounds["stop_flops"]) * trained + rounds["stop_flops"] * stopped + rounds["score_flops"] * asked,
+        seconds_total_computed=(rounds["seconds_total"] - scoring) * trained + scoring * asked,
     )  # fmt: skip
     return table.groupby(COMPARISON).sum()
 

@@ -83,27 +83,26 @@ def check(
 NAME = r"[a-z][a-z0-9_-]*"
 
 
+_HOMES: dict[tuple[int, str], str] = {}  # which module entered a name in which dictionary
+
+
 def register(
     among: dict,  # name -> thing
     name: str,  # lower case, digits, `-` and `_`
+    home: str = "",  # the module that enters it; empty = the caller
 ) -> Callable:
-    "A decorator that enters a thing under its name; `UserError` when the name is no name, or is that of something else."
+    "A decorator that enters a thing under its name; `UserError` when the name is no name, or another module has taken it."
+    home = home or sys._getframe(1).f_globals.get("__name__", "")
 
     def enter(thing):
         if not re.fullmatch(NAME, name):
             raise UserError(f"name is {name!r}; allowed are lower-case letters, digits, - and _, a letter first")
-        if name in among and _origin(among[name]) != _origin(thing):
+        if name in among and _HOMES.get((id(among), name)) != home:
             raise UserError(f"name is {name!r}, which is taken; allowed is any but {listed(among)}")
-        among[name] = thing
+        among[name], _HOMES[id(among), name] = thing, home
         return thing
 
     return enter
-
-
-def _origin(thing) -> tuple:
-    "Where a thing was defined; a cell that is run twice defines the same thing twice."
-    made = getattr(thing, "choose", thing)
-    return getattr(made, "__module__", ""), getattr(made, "__qualname__", "")
 
 # %% ../nbs/00_config.ipynb #5f0000b5
 def construct(
@@ -115,7 +114,7 @@ def construct(
     "The thing that `text` asks for; `UserError` for an unknown name, argument, type or value."
     match = re.fullmatch(rf"\s*({NAME})\s*(?:\((.*)\))?\s*", text, re.S)
     make = choose(parameter, match[1] if match else text, among)
-    signature = inspect.signature(make)
+    signature = inspect.signature(make, eval_str=True)
     takes = [f"{p.name}: {getattr(p.annotation, '__name__', p.annotation)}" for p in signature.parameters.values()]
     try:
         call = ast.parse(f"f({match[2] or ''})", mode="eval").body
@@ -178,11 +177,11 @@ class RunConfig(_Config):
     n_initial: int = 20  # labels in the seed set
     n_query: int = 20  # labels bought in each later round
     n_rounds: int = 2  # rounds after the seed set, so the run has n_rounds + 1 records
-    n_val: int = 100  # validation texts: never trained on, charged to the label budget in reports
+    n_val: int = 100  # validation texts, never trained on; charged to the label budget where decisions depend on their labels
     n_test: int = 0  # test texts; 0 = all, or a fifth of the texts where there is no test split
     pool_size: int = 0  # texts in the pool; 0 = all that are left
     candidate_size: int = 0  # pool texts scored each round, another random subset each time; 0 = all
-    n_stop: int = 0  # unlabelled pool texts on which successive models are compared, for triggers without labels; 0 = none
+    n_stop: int = 0  # pool texts on which successive models are compared, for triggers without labels; 0 = none
     n_passes: int = 10  # passes with dropout, for queries that ask for several
     max_length: int = 128  # tokens a text is cut to, special tokens included
     batch_size: int = 16  # texts in a training step
@@ -267,14 +266,21 @@ def load_extension(
     "Import a file that registers names; `UserError` when it cannot be imported."
     file = project_root() / Path(path).expanduser()
     name = f"deltaf1_al_extension_{fingerprint(str(file.absolute()))}"
-    if not path or name in sys.modules:
+    if not path:
         return
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"extension is {path!r}; allowed is a Python file that exists")
+    version = fingerprint(file.read_bytes())
+    if (there := sys.modules.get(name)) and there.__version__ != version:
+        raise UserError(f"extension is {path!r}, which has changed since it was imported; start a new process, or restart the kernel")
+    if there:
+        return
     spec = importlib.util.spec_from_file_location(name, file)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    module.__version__ = version
     try:
-        spec.loader.exec_module(sys.modules[name])
+        spec.loader.exec_module(module)
+        module.__version__ = version  # whatever the file says
     except BaseException as e:
         del sys.modules[name]
         raise UserError(f"extension is {path!r}, which cannot be imported ({type(e).__name__}: {e})") from e

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import RunConfig, UserError, cache_dir, fingerprint, is_path, listed, project_root, stream, write_atomic
+from .config import RunConfig, UserError, cache_dir, fingerprint, is_path, listed, load_extension, project_root, stream, write_atomic
 
 # %% ../nbs/01_corpus.ipynb #b6bb2d88
 @dataclass(frozen=True)
@@ -371,6 +371,9 @@ def load_texts(
 ) -> Texts:
     "All rows of the data set that `config` names; `UserError` with one sentence for whatever is wrong with it."
     name = config.dataset
+    load_extension(config.extension)
+    if name in DATASETS and name in BENCHMARKS:
+        raise UserError(f"dataset is {name!r}, which the extension gives a second meaning; allowed there is any name but {listed(BENCHMARKS)}")
     if name in DATASETS:
         return DATASETS[name](config)
     source = BENCHMARKS.get(name) or Source(name, config.text_column, tuple(c.strip() for c in config.label_columns.split(",")))

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['COMMON', 'STYLES', 'LOOKS', 'SPARE', 'VARIANTS', 'TITLES', 'SHADES', 'PHASE_COLUMNS', 'HEAT', 'METADATA', 'style',
            'new_figure', 'looks_of', 'unit_of', 'axis_title', 'spread', 'label_ends', 'one_comparison', 'mean_curve',
-           'learning_curves', 'switch_points', 'mark_epsilon', 'mark_switches', 'delta_f1_trend', 'row_names',
-           'timing_dots', 'switch_timing', 'trigger_timing', 'phase_costs', 'cost_by_phase', 'run_figure', 'heat_map',
-           'heat_maps', 'speed_bars', 'save_figure']
+           'learning_curves', 'switch_points', 'heeded_epsilons', 'mark_epsilon', 'mark_switches', 'delta_f1_trend',
+           'row_names', 'timing_dots', 'switch_timing', 'trigger_timing', 'phase_costs', 'cost_by_phase', 'run_figure',
+           'heat_map', 'heat_maps', 'speed_bars', 'save_figure']
 
 # %% ../nbs/13_figures.ipynb #a914eb9e
 import io
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib as mpl
@@ -21,6 +22,8 @@ from sklearn.isotonic import isotonic_regression
 
 from .analysis import COMPARISON, PHASES, arm_order, arms, check_column, cut_to_common, switch_rounds, switches
 from .config import UserError, choose, listed, write_atomic
+from .strategy import strategy_of
+from .trigger import DeltaF1, RelativeDeltaF1
 
 # %% ../nbs/13_figures.ipynb #6e457697
 COMMON = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.9",
@@ -203,12 +206,27 @@ def switch_points(
     rounds = rounds.assign(at=(rounds[x] + before) / 2, to=rounds["plan"])
     return rounds[rounds["switched"]].drop_duplicates("config_hash")[["arm", "at", "to"]]
 
+# %% ../nbs/13_figures.ipynb #5f000506
+def heeded_epsilons(
+    runs: pd.DataFrame,  # rows of `load_runs`
+) -> list:
+    "The ε that ΔF1 is held against in these runs; none for a trigger that looks at something else."
+    found = set()
+    for strategy, epsilon, k in runs[["strategy", "epsilon", "k"]].drop_duplicates().itertuples(index=False):
+        with suppress(UserError):  # a strategy of an extension that is not here
+            trigger = strategy_of(strategy, float(epsilon), int(k)).trigger
+            trigger = getattr(trigger, "trigger", trigger)
+            found |= {trigger.epsilon} if isinstance(trigger, DeltaF1) and not isinstance(trigger, RelativeDeltaF1) else set()
+    return sorted(found)
+
 # %% ../nbs/13_figures.ipynb #f12c739e
 def mark_epsilon(
     ax: plt.Axes,  # axes with ΔF1 along y, with its limits final
     epsilons: list,  # thresholds
 ) -> dict:  # for `label_ends`: 'ε = ...' -> where its line ends
-    "A line at each ε, and for a single ε a band from it down to the bottom of `ax`."
+    "A line at each ε, and for a single ε a band from it down to the bottom of `ax`; nothing for none."
+    if not epsilons:
+        return {}
     bottom, top = ax.get_ylim()
     top = max(top, 1.2 * max(epsilons))
     bottom = min(bottom, min(epsilons) - 0.15 * (top - min(epsilons))) - 0.04 * (top - bottom)
@@ -258,7 +276,7 @@ def delta_f1_trend(
     ax.set(xlabel=axis_title(x, ""), ylabel=axis_title("delta_f1", ""))
     ax.xaxis.get_major_locator().set_params(integer=True)
     mark_switches(ax, switch_points(runs, x), looks)
-    label_ends(ax, {**ends, **mark_epsilon(ax, runs["epsilon"].unique())}, looks)
+    label_ends(ax, {**ends, **mark_epsilon(ax, heeded_epsilons(runs))}, looks)
     return ax.figure
 
 # %% ../nbs/13_figures.ipynb #56c64d90
@@ -387,7 +405,7 @@ def run_figure(
     bottom.xaxis.get_major_locator().set_params(integer=True)
     top.set_ylabel("macro-F1")
     bottom.set(xlabel=axis_title("n_labeled", ""), ylabel=axis_title("delta_f1", ""))
-    label_ends(bottom, mark_epsilon(bottom, run["epsilon"].unique()), looks={})
+    label_ends(bottom, mark_epsilon(bottom, heeded_epsilons(run)), looks={})
     for _, point in switch_points(run, "n_labeled").iterrows():
         for ax in (top, bottom):
             ax.axvline(point["at"], color="0.3", linewidth=0.8, linestyle=":", zorder=1)

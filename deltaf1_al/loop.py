@@ -8,10 +8,10 @@ __all__ = ['PHASES', 'SETTINGS', 'COMPARED', 'KEPT', 'RoundRecord', 'check_run',
            'move_aside', 'RunFolder', 'progress_header', 'progress_line']
 
 # %% ../nbs/11_loop.ipynb #f790d903
-import inspect
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
@@ -33,7 +33,7 @@ from .strategy import Plan, Strategy, strategy_of
 from .team import Team
 from .tokens import tokenize
 from .training import Clock, Progress, Training, Work, train
-from .trigger import Observation
+from .trigger import Observation, Oracle
 
 # %% ../nbs/11_loop.ipynb #29e9154f
 PHASES = ("load", "train", "score", "evaluate", "query")
@@ -73,6 +73,7 @@ class RoundRecord:
     eval_tokens: int
     eval_padded_tokens: int
     eval_flops: int
+    stop_flops: int  # of these, the stop set's
     seconds: dict[str, float]  # wall time by phase, as measured when the round was computed
     queried: list[int]  # the ids labelled for this round
     key: str  # the hash of everything that determines the round
@@ -105,13 +106,16 @@ def check_strategy(
     if strategy.switches and strategy.trigger.stop_set and not config.n_stop:
         raise UserError(f"n_stop is 0, and the trigger of {config.strategy!r} compares models on unlabelled texts; allowed is 1 to 10000000")
     trigger = getattr(strategy.trigger, "trigger", strategy.trigger)
-    study = getattr(trigger, "content", {}).get("config", {})
+    if not isinstance(trigger, Oracle):
+        return
+    study = trigger.content.get("config", {})
+    if (strategy.before.name, strategy.after.name) != ("retrain", "fine-tune"):
+        raise UserError(f"oracle is for retrain>fine-tune, of which its study is, not for {strategy.before.name}>{strategy.after.name}")
     free = ("strategy", "epsilon", "k", "seed", "n_stop")
     same = [f.name for f in fields(config) if f.metadata.get("hashed", True) and f.name not in free]
-    if study and (differ := [name for name in same if study.get(name) != getattr(config, name)]):
+    if differ := [name for name in same if study.get(name) != getattr(config, name)]:
         raise UserError(f"oracle has a study whose {differ[0]} is {study.get(differ[0])!r}, here {getattr(config, differ[0])!r}; allowed is a study with the settings of the run")
-    if study:
-        choose("seed of the oracle", config.seed, trigger.rounds)
+    choose("seed of the oracle", config.seed, trigger.rounds)
 
 # %% ../nbs/11_loop.ipynb #80698e8e
 def open_store(
@@ -138,7 +142,7 @@ class ActiveLearner:
         self.team, self.config, self.corpus, self.store, self.clock, self.say = team, config, corpus, store, Clock(), say
         self.strategy, self.query = strategy_of(config.strategy, config.epsilon, config.k), query_for(config.query, corpus.multilabel)
         self.trigger = self.strategy.trigger
-        check_candidates(config.query, config.candidate_size or len(corpus.pool))
+        check_candidates(config.query, min(config.candidate_size or len(corpus.pool), len(corpus.pool)))
         if config.n_stop > len(corpus.pool):
             raise UserError(f"n_stop is {config.n_stop}; allowed is at most {len(corpus.pool)}, the size of the pool")
         with self.clock("load"):
@@ -199,7 +203,7 @@ def _rows(self: ActiveLearner, round: int) -> np.ndarray:
     "The ids a round trains on; `UserError` when the plan gives others than those that were bought, or none."
     plan, bought = self.plans[round], self.bought[: round + 1]
     rows = np.asarray(plan.choose(bought, stream(self.config.seed, "plan", round)))
-    if rows.ndim != 1 or not len(rows) or len(np.unique(rows)) < len(rows) or not np.isin(rows, np.concatenate(bought)).all():
+    if rows.ndim != 1 or rows.dtype.kind not in "iu" or not len(rows) or len(np.unique(rows)) < len(rows) or not np.isin(rows, np.concatenate(bought)).all():
         raise UserError(f"plan {plan.name!r} chose {rows.shape} ids in round {round}; allowed are ids bought so far, each once, one or more")
     return rows
 
@@ -300,7 +304,7 @@ ActiveLearner.ask = ask
 # %% ../nbs/11_loop.ipynb #18a9a7d8
 def _chosen(self: ActiveLearner, left: np.ndarray, n: int, round: int) -> np.ndarray:
     "The `n` texts the query strategy wants; what it does not have to see is not computed."
-    config, clock, query_code = self.config, Clock(), inspect.getmodule(self.query.choose)
+    config, clock, home = self.config, Clock(), sys.modules.get(self.query.home)
     if not self.query.needs:
         return self.query(self._candidates(left, round), n)
 
@@ -315,11 +319,12 @@ def _chosen(self: ActiveLearner, left: np.ndarray, n: int, round: int) -> np.nda
             ids = self.query(self._candidates(ids, round, **seen), n)
         return Made({"ids": ids.tolist(), "work": asdict(work), "seconds": dict(clock.seconds)})
 
-    if query_code is None or query_code.__name__ == "__main__":  # a notebook, which has no source as a whole
-        query_code = self.query.choose
+    if home is None or home.__name__ == "__main__":  # a notebook, of whose code nobody knows what the query depends on
+        self.asking = compute().value
+        return np.array(self.asking["ids"])
     ids = np.concatenate(self.bought)
     parts = {
-        "kind": "question", "round": round, "model": self.keys[-1], "query": config.query, "code": source_version(query, query_code, _chosen, _look, _candidates),
+        "kind": "question", "round": round, "model": self.keys[-1], "query": config.query, "code": [source_version(query, _chosen, _look, _candidates), getattr(home, "__version__", None) or source_version(home)],
         "n": n, "candidate_size": config.candidate_size, "left": hashed(left), "labeled": hashed(ids, self.labels[ids]), "seed": config.seed,
         "n_passes": config.n_passes if "passes" in self.query.needs else 0, **library_versions(config.query),
     }  # fmt: skip
@@ -360,6 +365,8 @@ def _look(self: ActiveLearner, ids: np.ndarray, round: int) -> tuple[dict[str, n
         seeds = [stream_seed(self.config.seed, f"pass {i}", round) for i in range(self.config.n_passes)]
         passes = [self._score(ids, Progress("scoring with dropout", self.say), dropout=seed) for seed in seeds]
         seen["passes"] = np.stack([probabilities(p.logits, multilabel) for p in passes])
+        if not np.ptp(seen["passes"], axis=0).any():
+            raise UserError(f"query is {self.config.query!r}, which looks at passes with dropout, and the encoder {self.config.encoder!r} has none; allowed is another query")
         works += [p.work for p in passes]
     return seen, sum(works, Work())
 
@@ -518,7 +525,7 @@ def _record(self: ActiveLearner, made: Made, stop: Made | None, found: bool, swi
         n_trained=len(self._rows(number)), val_macro_f1=f1, test_macro_f1=scores.pop("test_macro_f1", None), **compared,
         settled=self.trigger.streak > 0, switched=switched, train_epochs=len(training["losses"]),
         train_loss=training["losses"][-1], stopped_by=training["stopped_by"], train_steps=training["work"]["batches"],
-        train_examples=counts.pop("train_texts"), **counts, seconds={p: round(seconds.get(p, 0.0), 4) for p in PHASES},
+        train_examples=counts.pop("train_texts"), **counts, stop_flops=stop.value["work"]["flops"] if stop else 0, seconds={p: round(seconds.get(p, 0.0), 4) for p in PHASES},
         queried=self.bought[-1].tolist(), key=self.keys[-1], reused=found, scores=scores,
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ __all__ = ['NEEDS', 'QUERIES', 'top', 'lots', 'draw', 'Candidates', 'Query', 'qu
            'query_table']
 
 # %% ../nbs/07_query.ipynb #7352f5fe
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -92,6 +93,7 @@ class Query:
     cost: str  # operations for b of n candidates, C labels, m labelled texts, width d, T passes
     memory: str  # numbers held beyond what it needs
     source: str  # where it is from
+    home: str = "__main__"  # the module that registered it, whose code its choice depends on
 
     def __call__(self, candidates: Candidates, n: int) -> np.ndarray:
         "The `n` ids to label; `UserError` when the strategy gives anything else."
@@ -113,11 +115,12 @@ def query(
     source: str = "",
 ) -> Callable:
     "A decorator that makes a function of `Candidates` and a number a query strategy."
+    home = sys._getframe(1).f_globals.get("__name__", "")
 
     def enter(function: Callable[[Candidates, int], np.ndarray]) -> Callable[[Candidates, int], np.ndarray]:
         words = tuple(choose("needs", word, NEEDS) and word for word in needs.split())
         choose("data", data, {"classes": 0, "several labels": 0, "both": 0})
-        register(QUERIES, name)(Query(function, words, data, cost, memory, source))
+        register(QUERIES, name, home)(Query(function, words, data, cost, memory, source, home))
         return function
 
     return enter

@@ -88,7 +88,9 @@ def shrink_perturb(
     shrink: float = 0.8,  # how much of the last weights is kept
     perturb: float = 0.2,  # how much of the first weights is added
 ) -> Plan:
-    "From between the last weights and the first, on every label (Ash & Adams 2020)."
+    "From between the last weights and the first, on every label (Ash & Adams 2020); `UserError` for nothing of either."
+    if not shrink and not perturb:
+        raise UserError("shrink-perturb has shrink 0 and perturb 0, which starts from zeros; allowed is one of them above 0")
     return Plan(named("shrink-perturb", shrink, perturb, default=(0.8, 0.2)), shrink, perturb, everything)
 
 
@@ -137,6 +139,8 @@ def strategy_of(
     k: int,  # `RunConfig.k`
 ) -> Strategy:
     "The strategy that a name or a notation stands for; `UserError` for what is neither."
+    if text in PLANS and text in STRATEGIES:
+        raise UserError(f"strategy is {text!r}, which the extension gives a second meaning; allowed there is any name but those of {listed([*PLANS, *STRATEGIES])}")
     plans, at, rule = STRATEGIES.get(text, text).partition("@")
     before, arrow, after = plans.partition(">")
     if not arrow and not at and (match := re.match(r"[^(]*", text)) and match[0].strip() not in PLANS:
@@ -152,6 +156,9 @@ def strategy_of(
 
 def _trigger(rule: str, epsilon: float, k: int) -> Trigger | SwitchBack:
     "What stands behind the @."
-    when, plus, back = rule.partition("+")
+    when = re.match(r"""[^+(]*(\((?:[^()'"]|'[^']*'|"[^"]*")*\))?""", rule)[0]  # a quoted path may hold any sign
+    plus, back = rule[len(when) :].lstrip()[:1], rule[len(when) :].lstrip()[1:]
+    if plus and plus != "+":
+        raise UserError(f"trigger is {rule!r}; allowed is one of {listed(TRIGGERS)}, and +switch_back(δ) after it")
     trigger = construct("trigger", when, TRIGGERS, epsilon=epsilon, k=k)
     return construct("trigger", back, {"switch_back": partial(SwitchBack, trigger)}) if plus else trigger

@@ -88,7 +88,7 @@ class DeltaF1(Trigger):
     "Settled: ΔF1 < ε. A fall is below ε as well."
 
     epsilon: float  # in macro-F1, 0 to 1
-    k: int = 1  # rounds in a row
+    k: int = field()  # rounds in a row
     labels: ClassVar[bool] = True
 
     def settled(self, seen: Observation) -> bool:
@@ -143,7 +143,7 @@ class PredictedDeltaF1(Trigger):
     "Settled: the predicted change of macro-F1 is below ε (Altschuler & Bloodgood 2019, mean over labels)."
 
     epsilon: float  # in macro-F1, 0 to 1
-    k: int = 1  # rounds in a row; 3 there
+    k: int = field()  # rounds in a row; 3 there
     stop_set: ClassVar[bool] = True
 
     def settled(self, seen: Observation) -> bool:
@@ -155,8 +155,8 @@ class PredictedDeltaF1(Trigger):
 class ClassificationChange(Trigger):
     "Settled: at most this share of the stop set is decided otherwise than a round before (Zhu et al. 2008)."
 
-    threshold: float = 0.0  # a share; 0 there
-    k: int = 1  # rounds in a row
+    threshold: float  # a share; 0 there
+    k: int = field()  # rounds in a row
     stop_set: ClassVar[bool] = True
 
     def settled(self, seen: Observation) -> bool:
@@ -186,8 +186,10 @@ class Oracle(Trigger):
     def __post_init__(self):
         try:
             self.content = json.loads((project_root() / self.study).read_bytes())
-            self.rounds = {best["seed"]: best["switch_round"] for best in self.content["oracle"]}
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            self.rounds = {int(best["seed"]): best["switch_round"] for best in self.content["oracle"]}
+            if not all(r is None or type(r) is int for r in self.rounds.values()) or not isinstance(self.content.get("config", {}), dict):
+                raise ValueError("no switch rounds")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"oracle has the study {self.study!r}, which cannot be read; allowed is a sensitivity.json") from e
 
     def settled(self, seen: Observation) -> bool:
