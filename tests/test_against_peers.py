@@ -439,10 +439,10 @@ def test_classification_change_is_that_of_small_text(small_text):
         n_labels, threshold = int(rng.integers(2, 5)), int(rng.integers(0, 5)) / 32
         decided = successive(rng, 32, n_labels)
         theirs = small_text.ClassificationChange(n_labels, threshold)
-        fired["classes"] += same_verdicts(ClassificationChange(threshold), theirs, observed(decided, n_labels), decided)
+        fired["classes"] += same_verdicts(ClassificationChange(threshold, 1), theirs, observed(decided, n_labels), decided)
         several = [np.stack([(d >> j) & 1 for j in range(n_labels)], axis=1) for d in successive(rng, 32, 2**n_labels)]
         theirs = small_text.ClassificationChange(n_labels, threshold)
-        fired["several labels"] += same_verdicts(ClassificationChange(threshold), theirs, observed(several, n_labels), [csr_matrix(d) for d in several])
+        fired["several labels"] += same_verdicts(ClassificationChange(threshold, 1), theirs, observed(several, n_labels), [csr_matrix(d) for d in several])
     assert all(N_CASES / 4 < n < N_CASES for n in fired.values()), fired
 
 
@@ -452,7 +452,7 @@ def test_classification_change_of_small_text_needs_sparse_matrices(small_text):
     now, rule = before + [1, 0, 0], small_text.ClassificationChange(3, 0.0)
     rule.stop(predictions=before)
     assert rule.stop(predictions=now)
-    assert agreement(before, now, 3)["classification_change"] == 1 and not ClassificationChange(0.0).observe(list(observed([before, now], 3))[1])
+    assert agreement(before, now, 3)["classification_change"] == 1 and not ClassificationChange(0.0, 1).observe(list(observed([before, now], 3))[1])
 
 
 # Metrics
@@ -766,13 +766,13 @@ def calls(draw, name, **arguments):
 
 OFFERED = dict(epsilon=(number(0, 1), False), k=(st.integers(1, 1000), False))  # the run has them
 PLAN_CALLS = {
-    "shrink-perturb": dict(shrink=(number(0, 1), False), perturb=(number(0, 1), False)), "replay": dict(ratio=(number(0, 9), False)),
+    "shrink-perturb": dict(shrink=(number(0.1, 1), False), perturb=(number(0, 1), False)), "replay": dict(ratio=(number(0, 9), False)),
     "retrain": {}, "fine-tune": {}, "new-only": {},
 }  # fmt: skip
 TRIGGER_CALLS = {
     "never": {}, "delta_f1": OFFERED, "delta_f1_interval": OFFERED, "absolute_delta_f1": OFFERED, "relative_delta_f1": OFFERED, "predicted_delta_f1": OFFERED,
     "kappa": dict(threshold=(number(0, 1), False), window=(st.integers(1, 1000), False)), "fixed_round": dict(switch_round=(st.integers(1, 10**4), True)),
-    "classification_change": dict(threshold=(number(0, 1), False), k=(st.integers(1, 1000), False)),
+    "classification_change": dict(threshold=(number(0, 1), True), k=(st.integers(1, 1000), False)),
 }  # fmt: skip
 a_plan = st.sampled_from(sorted(PLAN_CALLS)).flatmap(lambda name: calls(name, **PLAN_CALLS[name]))
 a_trigger = st.sampled_from(sorted(TRIGGER_CALLS)).flatmap(lambda name: calls(name, **TRIGGER_CALLS[name]))
