@@ -264,10 +264,10 @@ def load_extension(
     path: str,  # `RunConfig.extension`, relative to the project; empty for none
 ):
     "Import a file that registers names; `UserError` when it cannot be imported."
-    file = project_root() / Path(path).expanduser()
-    name = f"deltaf1_al_extension_{fingerprint(str(file.absolute()))}"
     if not path:
         return
+    file = project_root() / Path(path).expanduser()
+    name = f"deltaf1_al_extension_{fingerprint(str(file.absolute()))}"
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"extension is {path!r}; allowed is a Python file that exists")
     version = fingerprint(file.read_bytes())
