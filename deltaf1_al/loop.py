@@ -4,32 +4,34 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'SETTINGS', 'KEPT', 'RoundRecord', 'check_run', 'check_strategy', 'open_store', 'ActiveLearner', 'encoder',
-           'help_out', 'ask', 'hashed', 'tell', 'lines_of', 'close', 'simulate', 'run_summary', 'run_in', 'move_aside',
-           'RunFolder', 'progress_header', 'progress_line']
+           'help_out', 'ask', 'hashed', 'tell', 'lines_of', 'close', 'simulate', 'code_of', 'code_in', 'run_key',
+           'run_summary', 'run_in', 'move_aside', 'RunFolder', 'progress_header', 'progress_line']
 
 # %% ../nbs/11_loop.ipynb #f790d903
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from . import __version__, query
 from .adapter import check_candidates, check_library, library_versions
-from .config import RunConfig, UserError, choose, fingerprint, load_extension, stream, stream_seed, write_atomic
+from .config import NAME, RunConfig, UserError, choose, fingerprint, load_extension, project_root, stream, stream_seed, write_atomic
 from .corpus import Corpus
 from .encoder import Encoder, encoder_path, environment, hardware, load_encoder, peak_memory
 from .engine import engine_for
 from .metrics import agreement, decide, delta_f1_interval, report, tune_thresholds
 from .query import QUERIES, Candidates, draw, lots, query_for
 from .scoring import Scores, probabilities, score
-from .store import Made, Store, key_of, source_version, store_path
-from .strategy import Plan, Strategy, strategy_of
+from .store import Made, Store, engine_version, key_of, source_version, store_path
+from .strategy import STRATEGIES, Plan, Strategy, strategy_of
 from .team import Team
 from .tokens import tokenize
 from .training import Clock, Progress, Training, Work, train
@@ -141,6 +143,7 @@ class ActiveLearner:
         check_run(config)
         self.team, self.config, self.corpus, self.store, self.clock, self.say = team, config, corpus, store, Clock(), say
         self.strategy, self.query = strategy_of(config.strategy, config.epsilon, config.k), query_for(config.query, corpus.multilabel)
+        self.code = code_of(config.strategy, config.query, config.extension)
         self.trigger = self.strategy.trigger
         check_candidates(config.query, min(config.candidate_size or len(corpus.pool), len(corpus.pool)))
         if config.n_stop > len(corpus.pool):
@@ -179,7 +182,7 @@ SETTINGS = ("seed", "max_length", "batch_size", "learning_rate", "weight_decay",
 def _common(self: ActiveLearner) -> dict:
     "What all rounds of this run have in common."
     return {
-        "code": source_version(_fit, _score, _train_and_evaluate), "corpus": self.corpus.fingerprint, "split": self.corpus.split_fingerprint, "encoder": self.loaded.fingerprint,
+        "code": self.code["round"], "corpus": self.corpus.fingerprint, "split": self.corpus.split_fingerprint, "encoder": self.loaded.fingerprint,
         "settings": {name: getattr(self.config, name) for name in SETTINGS}, "dtype": str(self.loaded.dtype),
     }  # fmt: skip
 
@@ -304,7 +307,7 @@ ActiveLearner.ask = ask
 # %% ../nbs/11_loop.ipynb #18a9a7d8
 def _chosen(self: ActiveLearner, left: np.ndarray, n: int, round: int) -> np.ndarray:
     "The `n` texts the query strategy wants; what it does not have to see is not computed."
-    config, clock, home = self.config, Clock(), sys.modules.get(self.query.home)
+    config, clock = self.config, Clock()
     if not self.query.needs:
         return self.query(self._candidates(left, round), n)
 
@@ -322,13 +325,12 @@ def _chosen(self: ActiveLearner, left: np.ndarray, n: int, round: int) -> np.nda
     def parts() -> dict:
         ids = np.concatenate(self.bought)
         return {
-            "kind": "question", "round": round, "model": self.keys[-1], "query": config.query, "code": [source_version(query, _chosen, _look, _candidates), getattr(home, "__version__", None) or source_version(home)],
+            "kind": "question", "round": round, "model": self.keys[-1], "query": config.query, "code": self.code["question"],
             "n": n, "candidate_size": config.candidate_size, "left": hashed(left), "labeled": hashed(ids, self.labels[ids]), "seed": config.seed,
             "n_passes": config.n_passes if "passes" in self.query.needs else 0, **library_versions(config.query),
         }  # fmt: skip
 
-    known = home is not None and home.__name__ != "__main__"  # of a notebook's code nobody knows what the query depends on
-    self.asking = (self._value(parts(), compute)[0] if known else compute()).value
+    self.asking = (self._value(parts(), compute)[0] if self.code["question"] else compute()).value
     return np.array(self.asking["ids"])
 
 
@@ -609,6 +611,48 @@ def simulate(
         on_round(learner.tell(ids, learner.corpus.labels[ids]))
     return learner.records
 
+# %% ../nbs/11_loop.ipynb #60000102
+@cache
+def code_of(
+    strategy: str,  # `RunConfig.strategy`
+    query_name: str,  # `RunConfig.query`
+    extension: str = "",  # `RunConfig.extension`
+) -> dict[str, str]:
+    "Versions of the code that decides a run: its rounds, its questions, and the records made of them. '' for a query from a notebook, whose code nobody can follow."
+    load_extension(extension)
+    names = {"retrain", "delta_f1", query_name, *re.findall(NAME, STRATEGIES.get(strategy, strategy))}
+    home = sys.modules.get(choose("query", query_name, QUERIES).home)
+    text = [(project_root() / Path(extension).expanduser()).read_text()] if extension else []
+    rooms = [sys.modules[f"deltaf1_al.{room}"] for room in ("corpus", "metrics", "trigger", "strategy")]
+    own = [RoundRecord.to_json, ask, tell, _rows, _parts, _stop_set, _metrics, _record, simulate]
+    return {
+        "engine": engine_version(),
+        "round": source_version(_fit, _score, _train_and_evaluate),
+        "question": source_version(query, home, _chosen, _look, _candidates, only=names) if home and home.__name__ != "__main__" else "",
+        "record": source_version(*rooms, *own, *text, only=names),
+    }
+
+
+def code_in(
+    program: str,  # a notebook or a script, relative to the project
+) -> str:
+    "Its code: of a notebook, the code cells; `UserError` when it cannot be read."
+    path = project_root() / program
+    try:
+        text = path.read_text()
+        cells = json.loads(text)["cells"] if path.suffix == ".ipynb" else []
+        return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code") or text
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise UserError(f"program is {program!r}, which cannot be read ({type(e).__name__}); allowed is a notebook or a script") from e
+
+
+def run_key(
+    config: RunConfig,
+    program: str = "",  # the notebook or script that runs it, relative to the project; empty for none
+) -> str:
+    "16 hex digits over the parameters and the code that decide the record of a run."
+    return key_of({"config": config.hash, "program": source_version(code_in(program)) if program else "", **code_of(config.strategy, config.query, config.extension)})
+
 # %% ../nbs/11_loop.ipynb #7f9016ac
 def run_summary(
     learner: ActiveLearner,  # after its last round
@@ -668,12 +712,14 @@ class RunFolder:
     def __init__(
         self,
         config: RunConfig,  # `config.folder` is where they go
+        program: str = "",  # the notebook or script that runs it, relative to the project
     ):
         self.config, self.path, self.lines, self.known = config, config.folder, [], None
+        self.key = run_key(config, program)  # of the code as it is now, which is what this process has imported
         device, _ = hardware(config.device, config.precision)
         if (there := run_in(self.path)) not in (None, config.hash):
             raise UserError(f"out_dir {self.path} holds another run (hash {there}, this one has {config.hash}); choose another folder")
-        start = {"config": asdict(config), "config_hash": config.hash, "version": __version__, "environment": environment(device)}
+        start = {"config": asdict(config), "config_hash": config.hash, "key": self.key, "version": __version__, "environment": environment(device)}
         write_atomic(self.path / "config.json", json.dumps(start, indent=1))
         if (free := shutil.disk_usage(self.path).free) < 2**24:
             raise UserError(f"out_dir {self.path} has {free // 2**20} MB of free space; at least 16 MB are needed")
@@ -696,7 +742,7 @@ class RunFolder:
 
     def finish(self, learner: ActiveLearner) -> dict:
         "Write the summary, the mark of success, and return it."
-        summary = run_summary(learner) | {"version": __version__, "environment": environment(learner.loaded.device)}
+        summary = run_summary(learner) | {"key": self.key, "version": __version__, "environment": environment(learner.loaded.device)}
         summary["peak_memory"] = peak_memory(learner.loaded.device)
         write_atomic(self.path / "summary.json", json.dumps(summary, indent=1))
         return summary

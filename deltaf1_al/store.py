@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import sha256
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -38,20 +39,61 @@ from . import encoder, engine, scoring, team, tokens, training
 from .config import UserError, fingerprint, project_root, stream, stream_seed, write_atomic
 
 # %% ../nbs/10_store.ipynb #fd25deb3
+def _entry(node: ast.AST) -> str | None:
+    "The name under which a definition is entered in a registry, if it is."
+    calls = [d for d in getattr(node, "decorator_list", []) if isinstance(d, ast.Call) and getattr(d.func, "id", "") in ("register", "query")]
+    return next((arg.value for call in calls for arg in call.args if isinstance(arg, ast.Constant)), None)
+
+
+def _needed(
+    tree: ast.Module,
+    only: set[str] | None,  # the entries that count; None: all
+) -> list[ast.stmt]:
+    "Its statements without `__all__`, without imports nobody uses, and without other entries of registries, unless what is left refers to them."
+    others = {node.name: node for node in tree.body if (name := _entry(node)) and only is not None and name not in only}
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    kept = [node for node in tree.body if node not in (*others.values(), *imports) and not (isinstance(node, ast.Assign) and ast.unparse(node.targets) == "__all__")]
+    names = set()
+    for node in kept:  # grows on the way
+        here = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        names |= here
+        kept += [others.pop(name) for name in here & others.keys()]
+    for node in imports:
+        node.names = [alias for alias in node.names if (alias.asname or alias.name.split(".")[0]) in names | {"*"}]
+    return [node for node in tree.body if node in kept or getattr(node, "names", [])]
+
+
+def _read(node) -> str:
+    "A syntax tree as text, the same from every version of Python: what is empty is left out."
+    if isinstance(node, list):
+        return f"[{','.join(map(_read, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty strings
+        node.values = [part for part in node.values if getattr(part, "value", None) != ""]
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        node.body = node.body[1:] or [ast.Pass()]
+    return f"{type(node).__name__}({','.join(f'{name}={_read(value)}' for name, value in ast.iter_fields(node) if value not in (None, []))})"
+
+
 def source_version(
-    *things,  # modules, classes or functions
+    *things,  # modules, classes, functions, or code as a string
+    only: set[str] | None = None,  # of what is entered in registries, the names that count; None: all
 ) -> str:
     "16 hex digits over their code without comments, docstrings and layout."
-    trees = [ast.parse(dedent(inspect.getsource(thing))) for thing in things]
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return fingerprint(*map(ast.unparse, trees))
+    versions = []
+    for thing in things:
+        tree = ast.parse(dedent(thing if isinstance(thing, str) else inspect.getsource(thing)))
+        if ast.get_docstring(tree) is not None:
+            tree.body = tree.body[1:]
+        versions.append(_read(_needed(tree, only)))
+    return fingerprint(*versions)
 
 # %% ../nbs/10_store.ipynb #1a847a50
 FORMAT = 1  # of the files below
 
 
+@cache  # what this process has imported stays what it is
 def engine_version() -> str:
     "16 hex digits over the code that computes a round: tokens, encoder, engine, team, training, scoring, random streams."
     return fingerprint(str(FORMAT), source_version(tokens, encoder, engine, team, training, scoring, stream_seed, stream))
