@@ -636,8 +636,10 @@ def code_of(
 def code_in(
     program: str,  # a notebook or a script, relative to the project
 ) -> str:
-    "Its code: of a notebook, the code cells; `UserError` when it cannot be read."
+    "Its code: of a notebook, the code cells; '' outside the project, where there is no such file."
     path = project_root() / program
+    if not program or not path.exists():
+        return ""
     try:
         text = path.read_text()
         cells = json.loads(text)["cells"] if path.suffix == ".ipynb" else []
@@ -651,7 +653,7 @@ def run_key(
     program: str = "",  # the notebook or script that runs it, relative to the project; empty for none
 ) -> str:
     "16 hex digits over the parameters and the code that decide the record of a run."
-    return key_of({"config": config.hash, "program": source_version(code_in(program)) if program else "", **code_of(config.strategy, config.query, config.extension)})
+    return key_of({"config": config.hash, "program": source_version(code_in(program)), **code_of(config.strategy, config.query, config.extension)})
 
 # %% ../nbs/11_loop.ipynb #7f9016ac
 def run_summary(
