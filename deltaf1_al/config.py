@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAME', 'UserError', 'listed', 'choose', 'check', 'register', 'construct', 'RunConfig', 'fingerprint', 'project_root',
-           'is_path', 'dataset_defaults', 'resolve', 'read_params', 'load_extension', 'stream_seed', 'stream',
-           'write_atomic', 'cache_dir']
+           'runs_folder', 'is_path', 'dataset_defaults', 'resolve', 'read_params', 'load_extension', 'stream_seed',
+           'stream', 'write_atomic', 'cache_dir']
 
 # %% ../nbs/00_config.ipynb #c47146f2
 import ast
@@ -59,6 +59,7 @@ _ALLOWED = {
     "batch_tokens": (64, 2**24), "step_tokens": (0, 2**24), "precision": ("auto", "bf16", "fp32"), "device": ("auto", "cpu", "cuda"),
     "keep": ("last", "forks", "all", "none"), "store_limit": (0, 10**6), "n_stop": (0, 10**7), "n_passes": (2, 1000),
     "threshold": (0, 1), "delta": (0, 1), "window": (1, 1000), "switch_round": (1, 10**4), "shrink": (0, 1), "perturb": (0, 1), "ratio": (0, 1000),
+    "threads": (1, 1024), "gpu": (0, 1), "mem_mb": (100, 10**7), "runtime": (1, 10**6),
 }  # fmt: skip
 
 
@@ -155,12 +156,16 @@ class _Config:
         return fingerprint(json.dumps(kept, sort_keys=True))
 
     @property
-    def folder(self) -> Path:
-        "Where the run writes: `out_dir`, relative to the project, or a folder named after the run."
-        name = Path(self.dataset).stem if is_path(self.dataset) else self.dataset.replace("/", "--")
+    def name(self) -> str:
+        "What the run is called: <dataset>/<query>/<strategy>/seed-<n>."
+        dataset = Path(self.dataset).stem if is_path(self.dataset) else self.dataset.replace("/", "--")
         strategy = re.sub(r"[^\w.+-]+", "_", self.strategy).strip("_")  # `retrain>replay@kappa(0.99, 3)` is no name for a folder
-        default = Path(os.environ.get("DELTAF1_AL_RUNS") or "runs").expanduser() / name / self.query / strategy / f"seed-{self.seed}"
-        return project_root() / (Path(self.out_dir).expanduser() if self.out_dir else default)
+        return f"{dataset}/{self.query}/{strategy}/seed-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        "Where the run writes: `out_dir`, relative to the project, or a folder of its name."
+        return project_root() / Path(self.out_dir).expanduser() if self.out_dir else runs_folder() / self.name
 
 # %% ../nbs/00_config.ipynb #d70a483b
 @dataclass(frozen=True)
@@ -221,6 +226,11 @@ def project_root() -> Path:
     "The folder above this one that holds `settings.ini`, or the current folder when there is none."
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
+
+
+def runs_folder() -> Path:
+    "Where runs go: `DELTAF1_AL_RUNS`, or `runs/` in the project."
+    return project_root() / Path(os.environ.get("DELTAF1_AL_RUNS") or "runs").expanduser()
 
 # %% ../nbs/00_config.ipynb #9234fc55
 def is_path(
