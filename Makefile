@@ -9,7 +9,7 @@ SHELL := bash
 PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 VENV = .venv
 BIN = $(VENV)/bin
-INSTALL = $(BIN)/python -m pip install -c constraints.txt -e '.[dev,minilm,team,peers,strategies]'
+INSTALL = $(BIN)/python -m pip install -c constraints.txt -e '.[dev,minilm,team,peers,strategies,grid,slurm]'
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -20,12 +20,13 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 STRATEGIES := retrain fine-tune new-only hybrid
 DEMO := $(STRATEGIES:%=runs/demo/%/summary.json)
 
-.PHONY: help setup demo test lib check lab clean store-check store-gc own-environment
+.PHONY: help setup demo plan experiments experiments-status results test lib check lab clean store-check store-gc own-environment
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "make setup PYTHON=python3.12   chooses the Python of .venv"
+	@echo "make experiments STUDY=smoke   names a study of nbs/grid/grid.yml; PROFILE=slurm runs it on a cluster, JOBS=1 one run at a time"
 	@echo "make store-gc YES=1            removes without asking; DELTAF1_AL_STORE names another store than store/"
 	@echo "make test VENV=/path/to/env    uses an environment of yours instead, as it is"
 
@@ -60,6 +61,22 @@ $(DEMO): runs/demo/%/summary.json: | $(READY)
 	$(BIN)/papermill nbs/run_experiment.ipynb $(@D)/run.ipynb -k python3 --no-progress-bar --log-output \
 	  -f nbs/demo.yml -r strategy $* -r out_dir $(@D)
 
+STUDY ?= smoke
+PROFILE ?= local
+GRID = @$(BIN)/python -c 'import sys; from deltaf1_al.driver import command; command(*sys.argv[1:])'
+
+plan: | $(READY) ## what a study of nbs/grid/grid.yml would run, what is there already, and what the rest will cost
+	$(GRID) plan '$(STUDY)' '$(PROFILE)' '$(JOBS)'
+
+experiments: | $(READY) ## run what is missing of a study; again after a kill, it goes on
+	$(GRID) experiments '$(STUDY)' '$(PROFILE)' '$(JOBS)'
+
+experiments-status: | $(READY) ## finished, running and failed runs of a study, and why they failed
+	$(GRID) status '$(STUDY)'
+
+results: | $(READY) ## copy the records of finished runs to paper/results, checked
+	$(GRID) results '$(STUDY)'
+
 test: | $(READY) ## run the tests: every notebook, then the whole program from outside
 	@$(BIN)/pytest -q tests
 
@@ -67,7 +84,7 @@ lib: | $(READY) ## write deltaf1_al/ from the notebooks, then clean the notebook
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
-check: | $(READY) ## before a commit: notebooks clean, modules in step with them, nothing untracked
+check: | $(READY) ## before a commit: notebooks clean, modules in step with them, nothing untracked, records current
 	@old=$$(mktemp -d); trap 'rm -rf "$$old"' EXIT; cp -R nbs deltaf1_al "$$old"; bad=0; \
 	fail() { bad=1; echo "make check: $$1"; }; \
 	$(BIN)/nbdev_clean; \
@@ -76,7 +93,8 @@ check: | $(READY) ## before a commit: notebooks clean, modules in step with them
 	diff -rq "$$old/deltaf1_al" deltaf1_al || fail "the modules above were not what the notebooks say; they are now, commit them."; \
 	new=$$(git ls-files --others --exclude-standard); \
 	[ -z "$$new" ] || { echo "$$new"; fail "the files above are untracked; add them, or name them in .gitignore."; }; \
-	[ $$bad = 0 ] && echo "make check: notebooks clean, modules in step, nothing untracked."
+	$(BIN)/python -c 'import sys; from deltaf1_al.grid import check_results; sys.exit("\n".join(check_results()) or 0)' || fail "the records above cannot stay."; \
+	[ $$bad = 0 ] && echo "make check: notebooks clean, modules in step, nothing untracked, records current."
 
 store-check: | $(READY) ## verify every finished round in the store
 	@$(BIN)/python -c 'from deltaf1_al.store import check_store; check_store()'

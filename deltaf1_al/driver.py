@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRID_FOLDER', 'read_profile', 'machine_memory', 'side_by_side', 'ask_slurm', 'minutes', 'slurm_options', 'tasks',
            'snakemake_command', 'die_with_parent', 'drive', 'outcome', 'Watch', 'hold_study', 'slurm_jobs',
-           'cancel_leftovers', 'last_words', 'experiments', 'status_text']
+           'cancel_leftovers', 'last_words', 'experiments', 'command', 'status_text']
 
 # %% ../nbs/12c_driver.ipynb #62200003
 import ctypes
@@ -25,8 +25,8 @@ import yaml
 
 from .config import UserError, listed, project_root, write_atomic
 from .encoder import granted_cores
-from .grid import Run, Study, kin, legend, n_rounds, picture, read_study, reason, state, strategy_in
-from .job import gpus, hold, holder
+from .grid import Run, Study, kin, legend, n_rounds, picture, plan_text, promote, read_study, reason, state, strategy_in
+from .job import LOCK, gpus, hold, holder
 
 # %% ../nbs/12c_driver.ipynb #62200006
 GRID_FOLDER = "nbs/grid"  # relative to the project
@@ -135,6 +135,8 @@ def tasks(
         first = plain.get((kin(run.config), strategy.before.name)) if strategy.switches and not alone else None
         given = {name: value for name, value in asdict(run.config).items() if value != ""}
         level = 3 * seeds.index(run.config.seed) + (0 if strategy.name == "retrain" else 1 + strategy.switches)
+        if holder(run.folder / LOCK):  # what a dead driver has started takes its place, so that not more runs at once than should
+            level = -1
         found[str(run.folder.relative_to(study.folder))] = {
             "parameters": given, "key": run.key, "level": level, "after": [str(first.folder.relative_to(study.folder))] if first else [],
         }  # fmt: skip
@@ -169,7 +171,7 @@ def drive(
     plan = tasks(study, todo, alone)
     write_atomic(study.folder / "plan.json", json.dumps(plan, indent=1))
     for run in todo:  # a log of an earlier attempt says nothing about this one
-        if not holder(run.folder / ".job"):
+        if not holder(run.folder / LOCK):
             (run.folder / "run.log").unlink(missing_ok=True)
     with open(study.folder / "snakemake.log", "ab") as log:
         started = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True, "preexec_fn": die_with_parent}
@@ -296,6 +298,7 @@ def experiments(
     on_slurm = options.get("executor") == "slurm"
     at_once = 0 if on_slurm else side_by_side(study, jobs)
     lock = hold_study(study)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     more = slurm_options(study, options) if on_slurm else ["--cores", str(at_once * study.job.threads), "--resources", f"gpu={len(gpus())}", f"mem_mb={machine_memory()}"]
     more += ["--jobs", str(jobs)] if on_slurm and jobs else []
     if on_slurm:
@@ -320,6 +323,30 @@ def experiments(
     return len(left)
 
 # %% ../nbs/12c_driver.ipynb #62200026
+def command(
+    name: str,  # plan, experiments, status or results
+    study: str,
+    profile: str = "local",
+    jobs: str = "",  # a number; empty: as many as fit
+):
+    "What `make` calls; ends with status 1 when runs are missing, and with one line when something given cannot be used."
+    try:
+        if jobs and not (jobs.isdigit() and int(jobs)):
+            raise UserError(f"JOBS is {jobs!r}; allowed is a number from 1 on")
+        if name == "experiments":
+            raise SystemExit(1 if experiments(study, profile, int(jobs or 0)) else 0)
+        found = read_study(study)
+        if name == "plan":
+            on_slurm = read_profile(profile)[1].get("executor") == "slurm"
+            print(plan_text(found, int(jobs or 1) if on_slurm else side_by_side(found, int(jobs or 0))))
+        else:
+            print(status_text(found) if name == "status" else promote(found))
+    except UserError as e:
+        raise SystemExit(str(e)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
 def status_text(
     study: Study,
 ) -> str:
@@ -330,7 +357,7 @@ def status_text(
     for run, now in zip(study.runs, states):
         name, rounds = run.folder.relative_to(study.folder), f"{n_rounds(run)} of {run.config.n_rounds + 1} rounds"
         if now == "running":
-            who = holder(run.folder / ".job") or {}
+            who = holder(run.folder / LOCK) or {}
             said.append(f"▶ {name}: {rounds}, process {who.get('pid')} on {who.get('host')}")
         elif now == "begun":
             said.append(f"~ {name}: {rounds}")
