@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -241,6 +242,7 @@ def is_path(
     return name.lower().endswith(suffixes) or name[:1] in "./~" or "\\" in name or os.path.isdir(project_root() / name)
 
 # %% ../nbs/00_config.ipynb #ce9b21ca
+@cache
 def dataset_defaults() -> dict:
     "The settings of `defaults.yml`: data set -> parameter -> value."
     return yaml.safe_load(files("deltaf1_al").joinpath("defaults.yml").read_text())

@@ -6,8 +6,8 @@
 __all__ = ['GRID', 'PROGRAM', 'STATES', 'ENDED', 'SIZES', 'RESULTS', 'PLACES', 'Job', 'Run', 'Study', 'read_grid', 'crossed',
            'configurations', 'strategy_in', 'unique', 'check_study', 'read_study', 'state', 'last_line', 'n_rounds',
            'reason', 'picture', 'legend', 'kin', 'n_shared', 'records_of', 'n_held', 'rounds_seen', 'shape',
-           'texts_by_round', 'expected_flops', 'speed', 'plan_table', 'plan_text', 'result_of', 'schema', 'faults',
-           'committed', 'check_results', 'load_results', 'promote']
+           'texts_by_round', 'rates', 'expected_flops', 'speed', 'plan_table', 'plan_text', 'result_of', 'schema',
+           'faults', 'committed', 'check_results', 'load_results', 'promote']
 
 # %% ../nbs/12b_grid.ipynb #62100003
 import itertools
@@ -330,8 +330,8 @@ def shape(
 # %% ../nbs/12b_grid.ipynb #62100045
 def texts_by_round(
     config: RunConfig,
-) -> pd.DataFrame:
-    "For each round the plan, the labelled texts it trains on, and the texts that go through the model otherwise."
+) -> list[dict]:
+    "For each round the plan, whether it starts fresh, the labelled texts it trains on, and the texts that go through the model otherwise."
     strategy, query, rows = strategy_in(config), QUERIES[config.query], []
     train, test = SIZES.get(config.dataset, (0, 0))
     looks = config.n_val + (config.n_test or test) + config.n_stop
@@ -342,15 +342,14 @@ def texts_by_round(
         passes = 1 + config.n_passes * ("passes" in query.needs)
         scored = passes * asked + (n_labeled if asked and "labeled" in query.needs else 0)
         rows.append({"plan": plan.name, "fresh": plan.start == "fresh", "trained": len(plan.choose(bought, np.random.default_rng(0))), "forward": scored + looks})
-    return pd.DataFrame(rows)
+    return rows
 
 
-def expected_flops(
+def rates(
     config: RunConfig,
     seen: pd.DataFrame,  # from `rounds_seen`
-) -> np.ndarray:
-    "(n_rounds + 1,) FLOPs of each round; NaN where nothing is known of the encoder."
-    rounds = texts_by_round(config)
+) -> tuple[float, float, dict[str, float], float]:
+    "FLOPs of a text in training and forward, epochs by plan, and those of any other plan; NaN where nothing is known of the encoder."
     same = seen[(seen["encoder"] == config.encoder) & (seen["dataset"] == config.dataset)] if len(seen) else seen
     alike = same[same["max_length"] == config.max_length] if len(same) else same
     forward = shape(config.encoder)[0] * config.max_length
@@ -358,10 +357,17 @@ def expected_flops(
     if len(alike):
         train = alike["train_flops"].sum() / alike["train_examples"].sum()
         forward = (alike["eval_flops"] + alike["score_flops"]).sum() / (alike["eval_texts"] + alike["score_texts"]).sum()
-    by_plan = same.groupby("plan")["train_epochs"].mean() if len(same) else {}
-    usual = same["train_epochs"].mean() if len(same) else config.max_epochs
-    epochs = np.array([min(by_plan.get(plan, usual), config.max_epochs) for plan in rounds["plan"]])
-    return (rounds["trained"] * epochs * train + rounds["forward"] * forward).to_numpy(float)
+    by_plan = dict(same.groupby("plan")["train_epochs"].mean()) if len(same) else {}
+    return train, forward, by_plan, same["train_epochs"].mean() if len(same) else config.max_epochs
+
+
+def expected_flops(
+    config: RunConfig,
+    known: tuple,  # from `rates`
+) -> np.ndarray:
+    "(n_rounds + 1,) FLOPs of each round."
+    train, forward, by_plan, usual = known
+    return np.array([r["trained"] * min(by_plan.get(r["plan"], usual), config.max_epochs) * train + r["forward"] * forward for r in texts_by_round(config)])
 
 
 def speed(
@@ -383,14 +389,17 @@ def plan_table(
     seen: pd.DataFrame,  # from `rounds_seen`
 ) -> pd.DataFrame:
     "One row a data set and query: runs, rounds, what the store holds, and what the rest will cost."
-    records, rows = records_of(study.runs), []
+    records, known, speeds, rows = records_of(study.runs), {}, {}, []
     for run, now in zip(study.runs, states):
         c, todo = run.config, now != "finished"
+        alike = (c.encoder, c.dataset, c.max_length)
+        known[alike] = known.get(alike) or rates(c, seen)
+        speeds[c.encoder] = speeds.get(c.encoder) or speed(c.encoder, seen)[0]
         held = n_held(c, records.get(kin(c), [])) if todo else 0
-        flops = expected_flops(c, seen)[held:].sum() if todo else 0.0
-        weights = shape(c.encoder)[1] * (texts_by_round(c)["fresh"][held:].sum() + 1) * (c.keep != "none") if todo else 0.0
+        flops = expected_flops(c, known[alike])[held:].sum() if todo else 0.0
+        weights = shape(c.encoder)[1] * (sum(r["fresh"] for r in texts_by_round(c)[held:]) + 1) * (c.keep != "none") if todo else 0.0
         rows.append({"dataset": c.dataset, "query": c.query, "runs": 1, "to do": int(todo), "rounds": (c.n_rounds + 1) * todo, "in the store": held,
-                     "PFLOP": flops / 1e15, "hours": flops / speed(c.encoder, seen)[0] / 3600 if todo else 0.0, "GB": weights / 1e9})  # fmt: skip
+                     "PFLOP": flops / 1e15, "hours": flops / speeds[c.encoder] / 3600 if todo else 0.0, "GB": weights / 1e9})  # fmt: skip
     table = pd.DataFrame(rows).groupby(["dataset", "query"], sort=False).sum(min_count=1)
     return pd.concat([table, table.sum(skipna=False).to_frame(("all", "")).T])
 

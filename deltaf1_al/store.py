@@ -76,24 +76,35 @@ def _read(node) -> str:
     return f"{type(node).__name__}({','.join(f'{name}={_read(value)}' for name, value in ast.iter_fields(node) if value not in (None, []))})"
 
 
+def _tree(thing) -> ast.Module:
+    "The syntax tree of a module, a class, a function, or of code as a string."
+    tree = ast.parse(dedent(thing if isinstance(thing, str) else inspect.getsource(thing)))
+    tree.body = tree.body[ast.get_docstring(tree) is not None :]
+    return tree
+
+
+@cache
+def _entries(thing) -> frozenset[str]:
+    "The names that its code enters in registries."
+    return frozenset(filter(None, map(_entry, _tree(thing).body)))
+
+
+@cache  # what this process has imported stays what it is
+def _version(thing, only: frozenset[str] | None) -> str:
+    return _read(_needed(_tree(thing), only))
+
+
 def source_version(
     *things,  # modules, classes, functions, or code as a string
     only: set[str] | None = None,  # of what is entered in registries, the names that count; None: all
 ) -> str:
     "16 hex digits over their code without comments, docstrings and layout."
-    versions = []
-    for thing in things:
-        tree = ast.parse(dedent(thing if isinstance(thing, str) else inspect.getsource(thing)))
-        if ast.get_docstring(tree) is not None:
-            tree.body = tree.body[1:]
-        versions.append(_read(_needed(tree, only)))
-    return fingerprint(*versions)
+    return fingerprint(*(_version(thing, None if only is None else _entries(thing) & only) for thing in things))
 
 # %% ../nbs/10_store.ipynb #1a847a50
 FORMAT = 1  # of the files below
 
 
-@cache  # what this process has imported stays what it is
 def engine_version() -> str:
     "16 hex digits over the code that computes a round: tokens, encoder, engine, team, training, scoring, random streams."
     return fingerprint(str(FORMAT), source_version(tokens, encoder, engine, team, training, scoring, stream_seed, stream))

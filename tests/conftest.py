@@ -1,6 +1,7 @@
 """The whole program from outside. What a notebook can show stands in the notebook."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,14 @@ TINY = {  # a run of a second or two once the kernel is up
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="also run the 104 kills, which take some minutes")
+    parser.addoption("--long", action="store_true", help="also run what takes some minutes: the 104 kills, whole grids, Slurm")
+
+
+@pytest.fixture
+def long(request):
+    "For tests that take minutes."
+    if not request.config.getoption("--long"):
+        pytest.skip("takes some minutes; pytest --long runs it")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,13 +51,25 @@ def papermill(tmp_path, tiny_encoder):
         given = {name: value for name, value in given.items() if value is not None}
         command = [sys.executable, "-m", "papermill", notebook, str(tmp_path / "run.ipynb"), "-k", "python3", "--no-progress-bar"]
         process = subprocess.Popen(
-            [*command, "--log-output", "-y", json.dumps(given)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+            [*command, "--log-output", "-y", json.dumps(given)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # the tests may have been started with SIGINT ignored
+        )  # fmt: skip
         if wait:
             process.output, _ = process.communicate(timeout=600)
         return process, Path(given.get("out_dir", tmp_path))
 
     return start
+
+
+@pytest.fixture
+def project(tmp_path, tiny_encoder):
+    "A copy of the project; what works for it ends with the test."
+    from project import Project
+
+    copy = Project(tmp_path, tiny_encoder)
+    yield copy
+    for process in copy.processes():
+        process.kill()
 
 
 @pytest.fixture

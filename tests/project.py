@@ -1,0 +1,144 @@
+"""A copy of the project in which grids run, and what their tests ask of it."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+from conftest import ROOT, TINY, rounds_of, timeless
+
+COUNTED = """
+
+_write_uncounted = Store._write
+
+
+def _write_counted(self, key, parts, made):
+    _write_uncounted(self, key, parts, made)
+    with open(os.environ["WRITTEN"], "a") as f:
+        f.write(f"{parts['kind']} {key}\\n")
+
+
+Store._write = _write_counted
+"""
+
+
+class Project:
+    "A copy of the project with runs and a store of its own, whose store notes what is written into it."
+
+    def __init__(self, folder, encoder):
+        self.folder, self.runs = folder / "project", folder / "runs"
+        for name in ("deltaf1_al", "nbs", "paper"):
+            shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copy(ROOT / "settings.ini", self.folder)
+        shutil.copytree(encoder, self.folder / "encoder")
+        self.append("deltaf1_al/store.py", COUNTED)
+        self.environment = {
+            **os.environ, "DELTAF1_AL_RUNS": str(self.runs), "DELTAF1_AL_STORE": str(folder / "store"), "WRITTEN": str(folder / "written"),
+            "PYTHONPATH": str(self.folder), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache"), "JUPYTER_RUNTIME_DIR": str(folder / "jupyter"),
+        }  # fmt: skip
+        self.environment.pop("DELTAF1_AL_DATA", None)
+
+    def append(self, path, text):
+        with open(self.folder / path, "a") as f:
+            f.write(text)
+
+    def replace(self, path, old, new):
+        text = (self.folder / path).read_text()
+        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {path}"
+        (self.folder / path).write_text(text.replace(old, new))
+
+    def study(self, **changes):
+        "Write the study `it`."
+        study = {**TINY, "dataset": "docstrings", "encoder": "encoder", "strategy": ["retrain", "hybrid"], "seed": 0, "job": {"mem_mb": 500}, **changes}
+        (self.folder / "nbs/grid/grid.yml").write_text(yaml.safe_dump({"it": study}))
+
+    def python(self, code):
+        "What the code prints, run in the copy."
+        done = subprocess.run([sys.executable, "-c", code], cwd=self.folder, env=self.environment, text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def start(self, name, *arguments):
+        "What `make` starts, as a process."
+        code = "import sys; from deltaf1_al.driver import command; command(*sys.argv[1:])"
+        return subprocess.Popen(
+            [sys.executable, "-c", code, name, "it", *arguments], cwd=self.folder, env=self.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def call(self, name, *arguments):
+        "Its exit status and what it said."
+        process = self.start(name, *arguments)
+        said, _ = process.communicate(timeout=900)
+        return process.returncode, said
+
+    def written(self):
+        "What was put into the store, in order."
+        path = Path(self.environment["WRITTEN"])
+        return path.read_text().splitlines() if path.exists() else []
+
+    def folders(self):
+        "Of the runs there are, by what they are called without seed and hash."
+        return sorted(p.parent for p in self.runs.glob("it/*/*/*/*/config.json"))
+
+    def processes(self):
+        "All that works for this project."
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("DELTAF1_AL_RUNS") == str(self.runs) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+SLOW = {"n_rounds": 4, "max_epochs": 40, "target_loss": 0.0, "learning_rate": 1e-3}  # rounds of about a second
+
+
+def until(condition, process=None, seconds=180):
+    "Wait for it; fail when the process ends first, or time does."
+    end = time.time() + seconds
+    while not (found := condition()):
+        assert time.time() < end, "it took too long"
+        assert process is None or process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    return found
+
+
+def papermills(project):
+    return [p for p in project.processes() if "papermill" in p.cmdline()]
+
+
+def kernels(project):
+    return [p for p in project.processes() if "ipykernel_launcher" in p.cmdline()]
+
+
+def n_rounds_written(project):
+    return sum(line.startswith("round") for line in project.written())
+
+
+def same_as_alone(project, tmp_path):
+    "Every run has the records it has when it runs alone, in a place of its own."
+    for folder in project.folders():
+        given = json.loads((folder / "config.json").read_text())["config"]
+        given |= {"out_dir": str(tmp_path / "alone" / folder.name), "store": str(tmp_path / "alone" / f"{folder.name} store")}
+        project.python(
+            "import os; os.environ['OMP_NUM_THREADS'] = '1'; from deltaf1_al.loop import *; from deltaf1_al.config import resolve; from deltaf1_al.corpus import load_corpus\n"
+            f"config = resolve(**{given!r}); folder = RunFolder(config); simulate(ActiveLearner(config, load_corpus(config)), folder.append)"
+        )
+        assert timeless(rounds_of(folder)) == timeless(rounds_of(given["out_dir"]))
+
+
+def nothing_twice(project):
+    "No round was computed twice, nor a question; hybrids took what they share from the store."
+    written = project.written()
+    assert len(written) == len(set(written)), [line for line in set(written) if written.count(line) > 1]
+    computed = sum(not r["reused"] for folder in project.folders() for r in rounds_of(folder))
+    assert computed <= n_rounds_written(project) < sum(len(rounds_of(folder)) for folder in project.folders())
+
+

@@ -1,0 +1,218 @@
+"""Grids of runs: what makes a result stale, kills, two drivers, bad places. The project is copied, so that it can be changed."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from project import SLOW, kernels, n_rounds_written, nothing_twice, papermills, same_as_alone, until
+
+DRY = """
+from deltaf1_al.driver import drive, read_profile
+from deltaf1_al.grid import read_study, state
+study = read_study("it")
+todo = [run for run in study.runs if state(run) != "finished"]
+status = drive(study, todo, read_profile("local")[0], ["--cores", "1", "--dry-run"]) if todo else 0
+assert status == 0, (study.folder / "snakemake.log").read_text()
+"""
+
+
+def dry(project):
+    "How many jobs of each query and strategy Snakemake would run."
+    log = project.runs / "it" / "snakemake.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("")
+    project.python(DRY)
+    outputs = [line.split("output: ")[1].split("/") for line in log.read_text().splitlines() if line.strip().startswith("output: docstrings/")]
+    return {f"{query} {strategy}": sum(o[1:3] == [query, strategy] for o in outputs) for query, strategy in sorted({tuple(o[1:3]) for o in outputs})}
+
+
+def pretend(project):
+    "Write the records of all runs of the study, as if they had been made."
+    project.python(
+        "import json\nfrom deltaf1_al.grid import read_study\n"
+        "for run in read_study('it').runs:\n    run.folder.mkdir(parents=True, exist_ok=True)\n    (run.folder / 'summary.json').write_text(json.dumps({'key': run.key}))"
+    )
+
+
+def edit_cell(project, kind, old, new):
+    "Change the run notebook's source."
+    path = project.folder / "nbs/run_experiment.ipynb"
+    notebook = json.loads(path.read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == kind and old in "".join(cell["source"])]
+    assert cells
+    cells[0]["source"] = "".join(cells[0]["source"]).replace(old, new, 1).splitlines(keepends=True)
+    path.write_text(json.dumps(notebook))
+
+
+def touch_everything(project):
+    for path in [*project.folder.rglob("*"), *project.runs.rglob("*")]:
+        os.utime(path)
+
+
+def change_outputs(project):
+    path = project.folder / "nbs/run_experiment.ipynb"
+    notebook = json.loads(path.read_text())
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"], cell["execution_count"] = [], 7
+    path.write_text(json.dumps(notebook))
+
+
+ALL = {f"{query} {strategy}": 2 for query in ("badge", "margin") for strategy in ("hybrid", "retrain", "retrain_replay_kappa_0.9")}
+CHANGES = {
+    "nothing": (lambda p: None, {}),
+    "a comment in a used module": (lambda p: p.append("deltaf1_al/training.py", "\n# a comment\n"), {}),
+    "a docstring in a used module": (lambda p: p.replace("deltaf1_al/metrics.py", "(n,) class numbers, or (n, n_labels) zeros and ones.", "Other words."), {}),
+    "prose in the run notebook": (lambda p: edit_cell(p, "markdown", "What it cost", "What was paid"), {}),
+    "a comment in the run notebook": (lambda p: edit_cell(p, "code", "# names every random stream", "# another comment"), {}),
+    "outputs of the run notebook": (change_outputs, {}),
+    "every file touched": (touch_everything, {}),
+    "Snakemake's metadata lost": (lambda p: shutil.rmtree(p.runs / "it" / ".snakemake"), {}),
+    "the Snakefile": (lambda p: p.replace("nbs/grid/Snakefile", "--no-progress-bar", "--no-progress-bar --cwd ."), {}),
+    "a module of figures": (lambda p: p.append("deltaf1_al/figures.py", "\nx = 1\n"), {}),
+    "the store's code": (lambda p: p.append("deltaf1_al/store.py", "\nx = 1\n"), {}),
+    "a new trigger": (lambda p: p.append("deltaf1_al/trigger.py", "\nimport math\n\n\n@register(TRIGGERS, 'mine')\nclass Mine(Trigger):\n    x = math.pi\n"), {}),
+    "a trigger that some use": (lambda p: p.replace("deltaf1_al/trigger.py", "if seen.kappa is not None else []", "if seen.kappa is not None else self.recent"), {key: 2 for key in ALL if "kappa" in key}),
+    "a plan that some use": (lambda p: p.replace("deltaf1_al/strategy.py", "1.0, 0.0, partial(replayed", "0.9, 0.0, partial(replayed"), {key: 2 for key in ALL if "replay" in key}),
+    "a query that some use": (lambda p: p.replace("deltaf1_al/query.py", "def badge(candidates: Candidates, n: int) -> np.ndarray:", "def badge(candidates: Candidates, n: int, x=1) -> np.ndarray:"), {key: 2 for key in ALL if "badge" in key}),
+    "queries of the library, which none uses": (lambda p: p.append("deltaf1_al/adapter.py", "\nx = 1\n"), {}),
+    "the training loop": (lambda p: p.append("deltaf1_al/training.py", "\nx = 1\n"), ALL),
+    "the metrics": (lambda p: p.append("deltaf1_al/metrics.py", "\nx = 1\n"), ALL),
+    "a code cell of the run notebook": (lambda p: edit_cell(p, "code", "records = simulate(learner, on_round)", "records = list(simulate(learner, on_round))"), ALL),
+    "a default in the parameters cell": (lambda p: edit_cell(p, "code", 'strategy: str = "hybrid"', 'strategy: str = "retrain"'), ALL),
+    "a parameter": (lambda p: p.study(**{**TABLE, "n_query": 9}), ALL),
+    "where weights are kept": (lambda p: p.study(**{**TABLE, "keep": "none"}), {}),
+    "ε": (lambda p: p.study(**{**TABLE, "epsilon": 0.3}), ALL),
+    "another ε beside the first": (lambda p: p.study(**{**TABLE, "epsilon": [0.01, 0.3]}), {"badge hybrid": 2, "margin hybrid": 2}),
+    "a new seed": (lambda p: p.study(**{**TABLE, "seed": [0, 1, 2]}), {key: 1 for key in ALL}),
+    "a deleted result": (lambda p: next(p.runs.glob("it/*/margin/retrain/seed-1-*/summary.json")).unlink(), {"margin retrain": 1}),
+}  # fmt: skip
+TABLE = {"query": ["margin", "badge"], "strategy": ["retrain", "hybrid", "retrain>replay@kappa(0.9)"], "seed": [0, 1], "n_stop": 20, "k": 2}
+
+
+def test_what_makes_a_result_stale(project, long):
+    project.study(**TABLE)
+    assert dry(project) == ALL
+    saved = project.folder.parent / "saved"
+    pretend(project)
+    shutil.copytree(project.folder, saved)
+    shutil.copytree(project.runs, project.folder.parent / "saved runs")
+    found = {}
+    for name, (change, _) in CHANGES.items():
+        for here, there in ((project.folder, saved), (project.runs, project.folder.parent / "saved runs")):
+            shutil.rmtree(here)
+            shutil.copytree(there, here)
+        change(project)
+        found[name] = dry(project)
+    assert found == {name: expected for name, (_, expected) in CHANGES.items()}
+
+
+def test_a_plan_of_300_runs(project):
+    "Every one of them is in Snakemake's dry run; how long that takes is a benchmark, see README."
+    project.study(query=["margin", "random", "entropy"], strategy=["retrain", "fine-tune", "new-only", "hybrid", "replay"], seed=list(range(20)))
+    status, said = project.call("plan")
+    assert status == 0 and "300 runs" in said and "· to do 300" in said, said
+    assert sum(dry(project).values()) == 300
+
+
+def test_kills_in_the_middle_of_a_grid(project, long, tmp_path):
+    "Of a papermill, a kernel and the driver; one command goes on, nothing is computed twice, the records are what they are alone."
+    project.study(**SLOW, query=["margin", "random"], epsilon=1.0, k=2, seed=[0, 1])
+    driver = project.start("experiments", "local", "2")
+    until(lambda: n_rounds_written(project) >= 1 and papermills(project), driver)
+    papermills(project)[0].kill()
+    so_far = n_rounds_written(project)
+    until(lambda: n_rounds_written(project) >= so_far + 2 and kernels(project), driver)
+    kernels(project)[0].kill()
+    so_far = n_rounds_written(project)
+    until(lambda: n_rounds_written(project) >= so_far + 2 and papermills(project), driver)
+    driver.kill()
+    driver.wait()
+    orphans = papermills(project)
+    until(lambda: not [p for p in project.processes() if "snakemake" in p.cmdline()], seconds=5)
+    assert orphans, "the driver's runs go on without it"
+    status, said = project.call("experiments", "local", "2")
+    assert status == 0, said
+    assert len(project.folders()) == 8 and all((folder / "summary.json").exists() for folder in project.folders())
+    nothing_twice(project)
+    before = project.written()
+    status, said = project.call("experiments", "local", "2")
+    assert status == 0 and "8 of 8 runs are finished, nothing to do" in said and project.written() == before
+    same_as_alone(project, tmp_path)
+
+
+def test_two_drivers(project, long):
+    project.study(**SLOW)
+    first = project.start("experiments", "local", "1")
+    until(lambda: (project.runs / "it" / "plan.json").exists(), first)
+    status, said = project.call("experiments")
+    assert status == 1 and f"a driver works on study it already: process {first.pid} on" in said and "Nothing was done" in said, said
+    status, said = project.call("status")
+    assert status == 0 and f"driver {first.pid} on" in said, said
+    until(lambda: n_rounds_written(project) >= 1, first)
+    first.send_signal(signal.SIGTERM)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 130 and "Stopping; finished rounds are kept." in said, said
+    until(lambda: not project.processes(), seconds=30)
+    status, said = project.call("experiments", "local", "1")
+    assert status == 0, said
+    nothing_twice(project)
+
+
+def test_a_run_that_fails_does_not_keep_others_from_running(project, long):
+    "One data set is not there; its runs say so, also the hybrid, which was to follow a run that failed."
+    project.study(dataset=["docstrings", "ag_news"])
+    status, said = project.call("experiments")
+    assert status == 1 and said.count(" ✓ docstrings/") == 2 and said.count(" ✗ ag_news/") >= 2, said
+    status, said = project.call("status")
+    assert status == 0 and "✓ finished 2  ✗ failed 2" in said
+    failed = [line for line in said.splitlines() if line.startswith("✗ ag_news/")]
+    assert len(failed) == 2 and all("UserError: dataset 'ag_news' could not be loaded from the hub" in line for line in failed), said
+    notebooks = [Path(line.strip()) for line in said.splitlines() if line.strip().endswith("run.ipynb")]
+    assert len(notebooks) == 2 and all("could not be loaded" in path.read_text() for path in notebooks)
+
+
+def test_places_that_cannot_be_used(project, small_disk):
+    project.study()
+    project.environment["DELTAF1_AL_RUNS"] = str(small_disk)
+    status, said = project.call("experiments")
+    assert status == 1 and "MB of free space; at least 67 MB are needed" in said and "Traceback" not in said, said
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    status, said = project.call("experiments")
+    assert status == 1 and "cannot be written (" in said and "set DELTAF1_AL_RUNS to another folder" in said and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (("experiments", "slrum"), "PROFILE is 'slrum'; allowed are local, slurm, or a folder with a config.yaml"),
+    (("experiments", "local", "none"), "JOBS is 'none'; allowed is a number from 1 on"),
+    (("plan",), "study it of nbs/grid/grid.yml: unknown parameter n_round"),
+])  # fmt: skip
+def test_bad_words(project, arguments, says):
+    project.study(**({"n_round": 3} if arguments == ("plan",) else {}))
+    status, said = project.call(*arguments)
+    assert status == 1 and said.startswith(says) and len(said.splitlines()) == 1, said
+
+
+def test_results_are_promoted_and_checked(project, long):
+    project.study(seed=[0, 1], n_rounds=1)
+    status, said = project.call("experiments")
+    assert status == 0, said
+    status, said = project.call("results")
+    assert status == 0 and "4 records written, 0 removed that the study no longer asks for, 0 of 4 runs still missing" in said, said
+    records = sorted((project.folder / "paper/results/it").rglob("summary.json"))
+    text = "".join(path.read_text() for path in (project.folder / "paper/results/it").rglob("*.json*"))
+    assert len(records) == 4 and str(project.runs) not in text and "/root" not in text
+    check = "from deltaf1_al.grid import *; print(*check_results('it'), sep='\\n'); print(load_results('it').groupby('strategy').size().to_dict())"
+    assert "{'hybrid': 4, 'retrain': 4}" in project.python(check)
+    project.study(seed=1, n_rounds=1)
+    status, said = project.call("results")
+    assert status == 0 and "2 records written, 2 removed that the study no longer asks for" in said, said
+    project.append("deltaf1_al/metrics.py", "\nx = 1\n")
+    project.environment["PYTHONPATH"] = str(project.folder)
+    found = project.python("from deltaf1_al.grid import *; print(*check_results('it'), sep='\\n')").splitlines()
+    assert len(found) == 2 and all("was made by other code or parameters" in line and line.startswith("paper/results/it/docstrings/margin/") for line in found), found
+    refused = project.python("from deltaf1_al.grid import *\ntry: load_results('it')\nexcept ValueError as e: print(e)")
+    assert "was made by other code" in refused and "make experiments STUDY=it, then make results STUDY=it" in refused
