@@ -116,7 +116,7 @@ def slurm_options(
         ask_slurm("sacct", "-X", "-n", "--starttime", "now")
         return options
     ages = [line.split("=")[1].split()[0] for line in ask_slurm("scontrol", "show", "config").splitlines() if line.startswith("MinJobAge")]
-    pause = min(40, int(ages[0]) // 3) if ages else 40
+    pause = min(profile.get("slurm-init-seconds-before-status-checks", 40), int(ages[0]) // 3 if ages else 40)
     if pause < 2:
         raise UserError(f"Slurm keeps no accounting and forgets jobs after {ages[0]} s (MinJobAge); allowed is 6 s or more, or accounting")
     return [*options, "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", str(pause)]
