@@ -115,6 +115,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'deltaf1_al.driver.Watch.say': ('driver.html#watch.say', 'deltaf1_al/driver.py'),
                                    'deltaf1_al.driver.ask_slurm': ('driver.html#ask_slurm', 'deltaf1_al/driver.py'),
                                    'deltaf1_al.driver.cancel_leftovers': ('driver.html#cancel_leftovers', 'deltaf1_al/driver.py'),
+                                   'deltaf1_al.driver.check_place': ('driver.html#check_place', 'deltaf1_al/driver.py'),
                                    'deltaf1_al.driver.command': ('driver.html#command', 'deltaf1_al/driver.py'),
                                    'deltaf1_al.driver.die_with_parent': ('driver.html#die_with_parent', 'deltaf1_al/driver.py'),
                                    'deltaf1_al.driver.drive': ('driver.html#drive', 'deltaf1_al/driver.py'),

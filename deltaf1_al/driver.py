@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRID_FOLDER', 'read_profile', 'machine_memory', 'side_by_side', 'ask_slurm', 'minutes', 'slurm_options', 'tasks',
-           'snakemake_command', 'die_with_parent', 'drive', 'outcome', 'Watch', 'hold_study', 'slurm_jobs',
-           'cancel_leftovers', 'last_words', 'experiments', 'command', 'status_text']
+           'snakemake_command', 'die_with_parent', 'drive', 'outcome', 'Watch', 'check_place', 'hold_study',
+           'slurm_jobs', 'cancel_leftovers', 'last_words', 'experiments', 'command', 'status_text']
 
 # %% ../nbs/12c_driver.ipynb #62200003
 import ctypes
@@ -27,6 +27,7 @@ from .config import UserError, listed, project_root, write_atomic
 from .encoder import granted_cores
 from .grid import Run, Study, kin, legend, n_rounds, picture, plan_text, promote, read_study, reason, state, strategy_in
 from .job import LOCK, gpus, hold, holder
+from .store import store_path
 
 # %% ../nbs/12c_driver.ipynb #62200006
 GRID_FOLDER = "nbs/grid"  # relative to the project
@@ -231,18 +232,28 @@ class Watch:
         print(f"{time.strftime('%H:%M:%S')}  {finished}/{len(self.study.runs)} {sign} {run.folder.relative_to(self.study.folder)}: {what}{left}", flush=True)
 
 # %% ../nbs/12c_driver.ipynb #62200022
+def check_place(
+    folder: Path,  # made if missing
+    variable: str,  # of the environment, that would name another
+):
+    "`UserError` when nothing can be written there."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        free = shutil.disk_usage(folder).free
+    except OSError as e:
+        raise UserError(f"{folder} cannot be written ({e.strerror}); make room there, or set {variable} to another folder") from e
+    if free < 2**26:
+        raise UserError(f"{folder} has {free // 10**6} MB of free space; at least {2**26 // 10**6} MB are needed, or {variable} with another folder")
+
+
 def hold_study(
     study: Study,
 ) -> int:
     "Lock the study's folder for this process; `UserError` when another driver works there or nothing can be written."
-    try:
-        study.folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=study.folder).close()
-        free = shutil.disk_usage(study.folder).free
-    except OSError as e:
-        raise UserError(f"{study.folder} cannot be written ({e.strerror}); make room there, or set DELTAF1_AL_RUNS to another folder") from e
-    if free < 2**26:
-        raise UserError(f"{study.folder} has {free // 10**6} MB of free space; at least {2**26 // 10**6} MB are needed")
+    check_place(study.folder, "DELTAF1_AL_RUNS")
+    for place in sorted({store_path(run.config.store) for run in study.runs}):
+        check_place(place, "DELTAF1_AL_STORE")
     place = study.folder / ".driver"
     for _ in range(5):  # `make experiments-status` looks at the lock for a moment
         if (file := hold(place)) is not None:

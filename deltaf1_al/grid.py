@@ -234,8 +234,8 @@ def picture(
         rule = f" ε={c.epsilon:g} k={c.k}" if len(rules) > 1 and strategy_in(c).switches else ""
         lines.setdefault((c.dataset, c.query, c.strategy + rule), []).append(STATES[now])
     widths = [max(len(name[i]) for name in lines) for i in range(3)]
-    rows, last = [], ()
-    for name, signs in sorted(lines.items(), key=lambda line: line[0][:2]):
+    rows, last, datasets, queries = [], (), [*dict.fromkeys(name[0] for name in lines)], [*dict.fromkeys(name[1] for name in lines)]
+    for name, signs in sorted(lines.items(), key=lambda line: (datasets.index(line[0][0]), queries.index(line[0][1]))):
         shown = [part if last[: i + 1] != name[: i + 1] or i == 2 else "" for i, part in enumerate(name)]
         rows.append("  ".join(part.ljust(width) for part, width in zip(shown, widths)) + "  " + " ".join(signs))
         last = name
