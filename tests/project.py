@@ -13,6 +13,8 @@ from conftest import ROOT, TINY, rounds_of, timeless
 
 COUNTED = """
 
+import time
+
 _write_uncounted = Store._write
 
 
@@ -20,6 +22,7 @@ def _write_counted(self, key, parts, made):
     _write_uncounted(self, key, parts, made)
     with open(os.environ["WRITTEN"], "a") as f:
         f.write(f"{parts['kind']} {key}\\n")
+    time.sleep(float(os.environ.get("NAP", "0")))
 
 
 Store._write = _write_counted
