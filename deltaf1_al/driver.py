@@ -62,7 +62,7 @@ def side_by_side(
 ) -> int:
     "How many of its runs this machine takes at once; `UserError` when not even one."
     limit, job = Path("/sys/fs/cgroup/cpu.max"), study.job
-    cores = min(len(os.sched_getaffinity(0)), granted_cores(limit.read_text() if limit.exists() else ""))
+    cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), granted_cores(limit.read_text() if limit.exists() else ""))
     has = {"gpu": len(gpus()), "mem_mb": machine_memory()}
     for name, there in has.items():
         if getattr(job, name) > there:
@@ -112,7 +112,7 @@ def slurm_options(
         raise UserError(f"slurm_partition of the profile is {partition!r}; allowed are {listed(limits)}")
     if study.job.runtime > limits[partition][0]:
         raise UserError(f"runtime of study {study.name} is {study.job.runtime} minutes; allowed in the partition {partition} is at most {limits[partition][0]:.0f}")
-    options = [] if "slurm_partition" in resources else ["--default-resources", f"slurm_partition={partition}"]
+    options = ["--default-resources", *(f"{name}={value}" for name, value in {**resources, "slurm_partition": partition}.items())]
     with suppress(UserError):
         ask_slurm("sacct", "-X", "-n", "--starttime", "now")
         return options

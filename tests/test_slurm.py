@@ -188,7 +188,7 @@ def test_a_run_longer_than_the_partition_allows(project, cluster):
     "Slurm ends it after a minute, and it goes on from its last round."
     project.study(query="margin", strategy="retrain", n_rounds=6, job={"mem_mb": 900, "runtime": 1})
     on_slurm(project, slurm_partition="short")
-    project.environment["NAP"] = "10"  # seconds after each round and each question: more than two minutes for all of them
+    project.environment["NAP"] = "7"  # seconds after each of 13 rounds and questions: more than a minute
     status, said = project.call("experiments", "slurm")
     assert status == 0, said
     written = project.written()
