@@ -160,8 +160,8 @@ class _Config:
     def name(self) -> str:
         "What the run is called: <dataset>/<query>/<strategy>/seed-<n>."
         dataset = Path(self.dataset).stem if is_path(self.dataset) else self.dataset.replace("/", "--")
-        strategy = re.sub(r"[^\w.+-]+", "_", self.strategy).strip("_")  # `retrain>replay@kappa(0.99, 3)` is no name for a folder
-        return f"{dataset}/{self.query}/{strategy}/seed-{self.seed}"
+        parts = [re.sub(r"[^\w.+-]+", "_", part).strip("_-") or "_" for part in (dataset, self.query, self.strategy)]  # `retrain>replay@kappa(0.99, 3)` is no name for a folder
+        return "/".join([*parts, f"seed-{self.seed}"])
 
     @property
     def folder(self) -> Path:

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['GRID_FOLDER', 'read_profile', 'machine_memory', 'side_by_side', 'ask_slurm', 'minutes', 'slurm_options', 'tasks',
-           'snakemake_command', 'die_with_parent', 'drive', 'outcome', 'Watch', 'check_place', 'hold_study',
-           'slurm_jobs', 'cancel_leftovers', 'last_words', 'experiments', 'command', 'status_text']
+           'snakemake_command', 'as_child', 'drive', 'outcome', 'Watch', 'check_place', 'hold_study', 'slurm_jobs',
+           'cancel_leftovers', 'complaints', 'experiments', 'command', 'status_text']
 
 # %% ../nbs/12c_driver.ipynb #62200003
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ import yaml
 from .config import UserError, listed, project_root, write_atomic
 from .encoder import granted_cores
 from .grid import Run, Study, kin, legend, n_rounds, picture, plan_text, promote, read_study, reason, state, strategy_in
-from .job import LOCK, gpus, hold, holder
+from .job import LOCK, LOG, SUMMARY, gpus, hold, holder
 from .store import store_path
 
 # %% ../nbs/12c_driver.ipynb #62200006
@@ -103,21 +104,25 @@ def slurm_options(
     profile: dict,  # its options
 ) -> list[str]:
     "Options for Snakemake that follow from what the cluster is; `UserError` for what it would not run."
-    limits = {name.rstrip("*"): (minutes(limit), name) for name, limit in (line.split("|") for line in ask_slurm("sinfo", "-h", "-o", "%P|%l").split())}
+    shown = dict(line.split("|", 1) for line in ask_slurm("sinfo", "-h", "-o", "%P|%l").split() if "|" in line)
+    limits = {name.rstrip("*"): minutes(limit) for name, limit in shown.items()}
     resources = profile.get("default-resources") or {}
-    resources = dict(r.split("=", 1) for r in resources) if isinstance(resources, list) else resources
-    default = next((name for name, (_, shown) in limits.items() if shown.endswith("*")), None)
+    resources = dict(str(r).partition("=")[::2] for r in resources) if isinstance(resources, list) else resources
+    if not isinstance(resources, dict) or not all(isinstance(name, str) and value not in ("", None) for name, value in resources.items()):
+        raise UserError(f"default-resources of the profile is {profile['default-resources']!r}; allowed is `name: value`, a line each")
+    default = next((name.rstrip("*") for name in shown if name.endswith("*")), None)
     partition = resources.get("slurm_partition", default)
-    if partition not in limits:
-        raise UserError(f"slurm_partition of the profile is {partition!r}; allowed are {listed(limits)}")
-    if study.job.runtime > limits[partition][0]:
-        raise UserError(f"runtime of study {study.name} is {study.job.runtime} minutes; allowed in the partition {partition} is at most {limits[partition][0]:.0f}")
+    if strange := [name for name in str(partition).split(",") if name not in limits]:
+        raise UserError(f"slurm_partition of the profile is {strange[0]!r}; allowed are {listed(limits)}")
+    longest = max(limits[name] for name in partition.split(","))
+    if study.job.runtime > longest:
+        raise UserError(f"runtime of study {study.name} is {study.job.runtime} minutes; allowed in the partition {partition} is at most {longest:.0f}")
     options = ["--default-resources", *(f"{name}={value}" for name, value in {**resources, "slurm_partition": partition}.items())]
     with suppress(UserError):
         ask_slurm("sacct", "-X", "-n", "--starttime", "now")
         return options
     ages = [line.split("=")[1].split()[0] for line in ask_slurm("scontrol", "show", "config").splitlines() if line.startswith("MinJobAge")]
-    pause = min(profile.get("slurm-init-seconds-before-status-checks", 40), int(ages[0]) // 3 if ages else 40)
+    pause = min(int(profile.get("slurm-init-seconds-before-status-checks", 40)), int(ages[0]) // 3 if ages else 40)
     if pause < 2:
         raise UserError(f"Slurm keeps no accounting and forgets jobs after {ages[0]} s (MinJobAge); allowed is 6 s or more, or accounting")
     return [*options, "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", str(pause)]
@@ -129,14 +134,15 @@ def tasks(
     alone: bool = False,  # nobody waits for others
 ) -> dict:
     "The content of plan.json for these runs: where, with what parameters and key, at what level of priority, and after which others."
-    plain = {(kin(run.config), strategy_in(run.config).before.name): run for run in todo if not strategy_in(run.config).switches}
+    steady = sorted((run for run in todo if not strategy_in(run.config).switches), key=lambda run: run.config.n_rounds)
+    plain = {(kin(run.config), strategy_in(run.config).before.name): run for run in steady}  # the longest of its kin
     seeds, found = sorted({run.config.seed for run in todo}), {}
     for run in todo:
         strategy = strategy_in(run.config)
         first = plain.get((kin(run.config), strategy.before.name)) if strategy.switches and not alone else None
         given = {name: value for name, value in asdict(run.config).items() if value != ""}
         level = 3 * seeds.index(run.config.seed) + (0 if strategy.name == "retrain" else 1 + strategy.switches)
-        if holder(run.folder / LOCK):  # what a dead driver has started takes its place, so that not more runs at once than should
+        if holder(run.folder / LOCK) is not None:  # what a dead driver has started takes its place, so that not more runs at once than should
             level = -1
         found[str(run.folder.relative_to(study.folder))] = {
             "parameters": given, "key": run.key, "level": level, "after": [str(first.folder.relative_to(study.folder))] if first else [],
@@ -155,8 +161,9 @@ def snakemake_command(
     return [sys.executable, "-m", "snakemake", *common, *options, "--force", *(f"{name}/summary.json" for name in targets)]
 
 
-def die_with_parent():
-    "Have this process killed as soon as its parent has gone (Linux; elsewhere nothing)."
+def as_child():
+    "Be killed as soon as the parent has gone (Linux; elsewhere nothing), and heed Ctrl-C even if started in the background."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
@@ -172,10 +179,10 @@ def drive(
     plan = tasks(study, todo, alone)
     write_atomic(study.folder / "plan.json", json.dumps(plan, indent=1))
     for run in todo:  # a log of an earlier attempt says nothing about this one
-        if not holder(run.folder / LOCK):
-            (run.folder / "run.log").unlink(missing_ok=True)
+        if holder(run.folder / LOCK) is None:
+            (run.folder / LOG).unlink(missing_ok=True)
     with open(study.folder / "snakemake.log", "ab") as log:
-        started = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True, "preexec_fn": die_with_parent}
+        started = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True, "preexec_fn": as_child}
         process = subprocess.Popen(snakemake_command(study, list(plan["runs"]), profile, options), cwd=study.folder, **started)
     watch = Watch(study, todo)
     try:
@@ -196,7 +203,7 @@ def outcome(
     run: Run,
 ) -> str:
     "How a finished run ended, on one line."
-    summary = json.loads((run.folder / "summary.json").read_text())
+    summary = json.loads((run.folder / SUMMARY).read_text())
     f1 = f"test F1 {summary['test_macro_f1']:.3f}" if summary["test_macro_f1"] is not None else "no test set"
     switch = f", switched at {summary['switch_round']}" if summary["switch_round"] else ""
     return f"{f1}, {summary['n_labeled']} labels{switch}, {summary['rounds_reused']} of {summary['rounds']} rounds from the store"
@@ -212,7 +219,7 @@ class Watch:
     def look(self):
         "Print the runs that have finished or failed since the last look."
         for run in list(self.left.values()):
-            now = state(run) if (run.folder / "summary.json").exists() or (run.folder / "run.log").exists() else "to do"
+            now = state(run) if (run.folder / SUMMARY).exists() or (run.folder / LOG).exists() else "to do"
             if now == "finished":
                 del self.left[run.folder]
                 self.done += 1
@@ -256,10 +263,14 @@ def hold_study(
         check_place(place, "DELTAF1_AL_STORE")
     place = study.folder / ".driver"
     for _ in range(5):  # `make experiments-status` looks at the lock for a moment
-        if (file := hold(place)) is not None:
+        try:
+            file = hold(place)
+        except OSError as e:
+            raise UserError(f"{place} cannot be locked ({e.strerror}); set DELTAF1_AL_RUNS to a folder on a file system with flock") from e
+        if file is not None:
             return file
         time.sleep(0.1)
-    other = holder(place) or {"host": "another host", "pid": "?", "since": time.time()}
+    other = {"host": "another host", "pid": "?", "since": time.time()} | (holder(place) or {})
     raise UserError(
         f"a driver works on study {study.name} already: process {other['pid']} on {other['host']}, since {time.strftime('%d %b %H:%M', time.localtime(other['since']))}. "
         f"Nothing was done; `make experiments-status STUDY={study.name}` shows how far it is"
@@ -271,7 +282,7 @@ def slurm_jobs(
 ) -> list[str]:
     "The ids of this user's Slurm jobs that drivers of this study have submitted: their working directory is its folder."
     lines = [line.split("|", 1) for line in ask_slurm("squeue", "--me", "-h", "-o", "%A|%Z").splitlines()]
-    return [number for number, place in lines if Path(place) == study.folder.absolute()]
+    return [number for number, place in lines if Path(place).resolve() == study.folder.resolve()]
 
 
 def cancel_leftovers(
@@ -281,7 +292,8 @@ def cancel_leftovers(
     if not (ids := slurm_jobs(study)):
         return
     print(f"Cancelling {len(ids)} Slurm jobs of a driver that died; their rounds are kept.", flush=True)
-    ask_slurm("scancel", *ids)
+    with suppress(UserError):  # one of them may just have ended
+        ask_slurm("scancel", *ids)
     for _ in range(120):
         if not (ids := slurm_jobs(study)):
             return
@@ -289,13 +301,13 @@ def cancel_leftovers(
     raise UserError(f"the Slurm jobs {listed(ids)} of a driver that died do not end; cancel them, and start again")
 
 # %% ../nbs/12c_driver.ipynb #62200025
-def last_words(
+def complaints(
     log: Path,
-    n: int = 12,  # lines
+    size: int,  # bytes that were there before
 ) -> str:
-    "Its last lines that are not empty."
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return "\n".join(lines[-n:])
+    "What it says of errors, each once, or else its last lines."
+    lines = [line.strip() for line in log.read_bytes()[size:].decode(errors="replace").splitlines() if line.strip()]
+    return "\n".join(dict.fromkeys(line[:300] for line in lines if re.search(r"[Ee]rror|Exception", line))) or "\n".join(lines[-12:])
 
 
 def experiments(
@@ -319,11 +331,12 @@ def experiments(
     alone = False
     while todo:
         before = {run.folder: n_rounds(run) for run in todo}
+        size = (study.folder / "snakemake.log").stat().st_size if (study.folder / "snakemake.log").exists() else 0
         drive(study, todo, place, more, alone)
         left = [run for run in todo if state(run) != "finished"]
-        waiting = [run for run in left if not (run.folder / "run.log").exists()]
+        waiting = [run for run in left if not (run.folder / LOG).exists()]
         if len(waiting) == len(todo):
-            print(f"No run was started; the end of {study.folder}/snakemake.log:\n{last_words(study.folder / 'snakemake.log')}")
+            print(f"No run was started. What {study.folder}/snakemake.log says:\n{complaints(study.folder / 'snakemake.log', size)}")
             break
         further = [run for run in left if run not in waiting and n_rounds(run) > before[run.folder]]
         todo, alone = further + ([] if alone else waiting), True
@@ -348,8 +361,13 @@ def command(
             raise SystemExit(1 if experiments(study, profile, int(jobs or 0)) else 0)
         found = read_study(study)
         if name == "plan":
-            on_slurm = read_profile(profile)[1].get("executor") == "slurm"
-            print(plan_text(found, int(jobs or 1) if on_slurm else side_by_side(found, int(jobs or 0))))
+            options = read_profile(profile)[1]
+            if options.get("executor") == "slurm":
+                print(plan_text(found, int(jobs or options.get("jobs", 1))))
+            else:
+                with suppress(UserError):  # a plan may be for another machine
+                    jobs = side_by_side(found, int(jobs or 0))
+                print(plan_text(found, int(jobs or 1)))
         else:
             print(status_text(found) if name == "status" else promote(found))
     except UserError as e:
@@ -364,14 +382,14 @@ def status_text(
     "What `make experiments-status` prints."
     states = [state(run) for run in study.runs]
     driver = holder(study.folder / ".driver")
-    said = [f"Study {study.name}, {study.folder}: " + (f"driver {driver['pid']} on {driver['host']} is at work" if driver else "no driver at work"), "", picture(study.runs, states), "", legend(states)]
+    said = [f"Study {study.name}, {study.folder}: " + (f"driver {driver.get('pid')} on {driver.get('host')} is at work" if driver is not None else "no driver at work"), "", picture(study.runs, states), "", legend(states)]
     for run, now in zip(study.runs, states):
         name, rounds = run.folder.relative_to(study.folder), f"{n_rounds(run)} of {run.config.n_rounds + 1} rounds"
         if now == "running":
             who = holder(run.folder / LOCK) or {}
             said.append(f"▶ {name}: {rounds}, process {who.get('pid')} on {who.get('host')}")
-        elif now == "begun":
-            said.append(f"~ {name}: {rounds}")
+        elif now == "begun" or (now == "to do" and (run.folder / LOG).exists()):
+            said.append(f"~ {name}: {rounds}; it ended without a word, as when it is killed" if (run.folder / LOG).exists() else f"~ {name}: {rounds}")
         elif now == "failed":
             said.append(f"✗ {name}: {reason(run)}\n    {run.folder / 'run.ipynb'}")
     return "\n".join(said)

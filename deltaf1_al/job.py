@@ -57,7 +57,7 @@ def holder(
 def gpus() -> list[str]:
     "The names of the GPUs that this process may use."
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
     if not shutil.which("nvidia-smi"):
         return []
     listed = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], text=True, capture_output=True)
@@ -70,7 +70,7 @@ def take_gpu(
     "What to call CUDA_VISIBLE_DEVICES: a GPU that this process holds from now on, '' for none; None to leave it as it is."
     if not wanted:
         return ""
-    if "SLURM_JOB_ID" in os.environ or not gpus():
+    if not gpus() or ("SLURM_JOB_ID" in os.environ and len(gpus()) == 1):
         return None
     while True:
         for name in gpus():

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'SETTINGS', 'KEPT', 'RoundRecord', 'check_run', 'check_strategy', 'open_store', 'ActiveLearner', 'encoder',
-           'help_out', 'ask', 'hashed', 'tell', 'lines_of', 'close', 'simulate', 'code_of', 'code_in', 'run_key',
-           'run_summary', 'run_in', 'move_aside', 'RunFolder', 'progress_header', 'progress_line']
+           'help_out', 'ask', 'hashed', 'tell', 'lines_of', 'close', 'simulate', 'run_summary', 'code_of', 'code_in',
+           'run_key', 'run_in', 'move_aside', 'RunFolder', 'progress_header', 'progress_line']
 
 # %% ../nbs/11_loop.ipynb #f790d903
+import inspect
 import json
 import os
 import re
@@ -149,10 +150,7 @@ class ActiveLearner:
         if config.n_stop > len(corpus.pool):
             raise UserError(f"n_stop is {config.n_stop}; allowed is at most {len(corpus.pool)}, the size of the pool")
         with self.clock("load"):
-            device, dtype = hardware(config.device, config.precision)
-            self.loaded = load_encoder(config.encoder, len(corpus.label_names), config.seed, device, dtype, config.max_length)
-            self.engine = engine_for(self.loaded)
-            self.tokens = tokenize(corpus.texts, self.loaded.tokenizer, config.max_length)
+            self._load()
         self.labels = np.full_like(corpus.labels, -1)  # what has been told
         self.bought: list[np.ndarray] = []  # ids by round
         self.plans: list[Plan] = []  # by round
@@ -174,6 +172,18 @@ class ActiveLearner:
     def unlabeled(self) -> np.ndarray:
         "The pool ids without a label, ascending."
         return np.setdiff1d(self.corpus.pool, np.concatenate([*self.bought, np.array([], dtype=np.int64)]))
+
+# %% ../nbs/11_loop.ipynb #60000201
+def _load(self: ActiveLearner):
+    "The encoder with its first weights, its engine, and the texts as tokens."
+    config, corpus = self.config, self.corpus
+    device, dtype = hardware(config.device, config.precision)
+    self.loaded = load_encoder(config.encoder, len(corpus.label_names), config.seed, device, dtype, config.max_length)
+    self.engine = engine_for(self.loaded)
+    self.tokens = tokenize(corpus.texts, self.loaded.tokenizer, config.max_length)
+
+
+ActiveLearner._load = _load
 
 # %% ../nbs/11_loop.ipynb #8fde6e4c
 SETTINGS = ("seed", "max_length", "batch_size", "learning_rate", "weight_decay", "warmup", "max_grad_norm", "max_epochs", "target_loss", "min_steps", "batch_tokens", "step_tokens")
@@ -611,50 +621,6 @@ def simulate(
         on_round(learner.tell(ids, learner.corpus.labels[ids]))
     return learner.records
 
-# %% ../nbs/11_loop.ipynb #60000102
-@cache
-def code_of(
-    strategy: str,  # `RunConfig.strategy`
-    query_name: str,  # `RunConfig.query`
-    extension: str = "",  # `RunConfig.extension`
-) -> dict[str, str]:
-    "Versions of the code that decides a run: its rounds, its questions, and the records made of them. '' for a query from a notebook, whose code nobody can follow."
-    load_extension(extension)
-    names = {"retrain", "delta_f1", query_name, *re.findall(NAME, STRATEGIES.get(strategy, strategy))}
-    home = sys.modules.get(choose("query", query_name, QUERIES).home)
-    text = [(project_root() / Path(extension).expanduser()).read_text()] if extension else []
-    rooms = [sys.modules[f"deltaf1_al.{room}"] for room in ("corpus", "metrics", "trigger", "strategy")]
-    own = [RoundRecord.to_json, ask, tell, _rows, _parts, _stop_set, _metrics, _record, simulate]
-    return {
-        "engine": engine_version(),
-        "round": source_version(_fit, _score, _train_and_evaluate),
-        "question": source_version(query, home, _chosen, _look, _candidates, only=names) if home and home.__name__ != "__main__" else "",
-        "record": source_version(*rooms, *own, *text, only=names),
-    }
-
-
-def code_in(
-    program: str,  # a notebook or a script, relative to the project
-) -> str:
-    "Its code: of a notebook, the code cells; '' outside the project, where there is no such file."
-    path = project_root() / program
-    if not program or not path.exists():
-        return ""
-    try:
-        text = path.read_text()
-        cells = json.loads(text)["cells"] if path.suffix == ".ipynb" else []
-        return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code") or text
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        raise UserError(f"program is {program!r}, which cannot be read ({type(e).__name__}); allowed is a notebook or a script") from e
-
-
-def run_key(
-    config: RunConfig,
-    program: str = "",  # the notebook or script that runs it, relative to the project; empty for none
-) -> str:
-    "16 hex digits over the parameters and the code that decide the record of a run."
-    return key_of({"config": config.hash, "program": source_version(code_in(program)), **code_of(config.strategy, config.query, config.extension)})
-
 # %% ../nbs/11_loop.ipynb #7f9016ac
 def run_summary(
     learner: ActiveLearner,  # after its last round
@@ -681,6 +647,51 @@ def run_summary(
         "train_flops_computed": sum(r.train_flops for r in records if not r.reused) + again,
         "seconds": {phase: round(sum(r.seconds[phase] for r in records), 4) for phase in PHASES},
     }
+
+# %% ../nbs/11_loop.ipynb #60000102
+@cache
+def code_of(
+    strategy: str,  # `RunConfig.strategy`
+    query_name: str,  # `RunConfig.query`
+    extension: str = "",  # `RunConfig.extension`
+) -> dict[str, str]:
+    "Versions of the code that decides a run: its rounds, its questions, and the records made of them. '' for a query from a notebook, whose code nobody can follow."
+    load_extension(extension)
+    names = {"retrain", "delta_f1", query_name, *re.findall(NAME, STRATEGIES.get(strategy, strategy))}
+    home = sys.modules.get(choose("query", query_name, QUERIES).home)
+    text = [(project_root() / Path(extension).expanduser()).read_text()] if extension else []
+    rooms = [sys.modules[f"deltaf1_al.{room}"] for room in ("corpus", "metrics", "trigger", "strategy")]
+    parts = [getattr(part, "fget", part) for _, part in sorted(vars(ActiveLearner).items())]  # what is no function has no code of its own
+    own = [RoundRecord.to_json, simulate, run_summary, *(part for part in parts if inspect.isfunction(part))]
+    return {
+        "engine": engine_version(),
+        "round": source_version(_load, _restore, _fit, _score, _train_and_evaluate),
+        "question": source_version(query, home, _chosen, _look, _candidates, only=names) if home and home.__name__ != "__main__" else "",
+        "record": source_version(*rooms, *own, *text, only=names),
+    }
+
+
+def code_in(
+    program: str,  # a notebook or a script, relative to the project
+) -> str:
+    "Its code: of a notebook, the code cells; '' outside the project, where there is no such file."
+    path = project_root() / program
+    if not program or not path.exists():
+        return ""
+    try:
+        text = path.read_text()
+        cells = json.loads(text)["cells"] if path.suffix == ".ipynb" else []
+        return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code") or text
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise UserError(f"program is {program!r}, which cannot be read ({type(e).__name__}); allowed is a notebook or a script") from e
+
+
+def run_key(
+    config: RunConfig,
+    program: str = "",  # the notebook or script that runs it, relative to the project; empty for none
+) -> str:
+    "16 hex digits over the parameters and the code that decide the record of a run."
+    return key_of({"config": config.hash, "program": source_version(code_in(program)), **code_of(config.strategy, config.query, config.extension)})
 
 # %% ../nbs/11_loop.ipynb #6117f349
 KEPT = ("rounds.jsonl", "summary.json")  # what makes a folder that of a run

@@ -1,10 +1,9 @@
 """A grid on a real Slurm cluster of two nodes on this machine, which the tests start and end: a node dies, the driver dies."""
 import os
 import shutil
-import signal
 import socket
+import stat
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -13,6 +12,7 @@ import yaml
 from project import SLOW, n_rounds_written, nothing_twice, papermills, until
 
 CONF = Path("/etc/slurm/slurm.conf")  # jobs of Snakemake find no other
+GRES = CONF.with_name("gres.conf")
 MARK = "ClusterName=deltaf1altest"
 SLURM = """{mark}
 SlurmctldHost={host}(127.0.0.1)
@@ -38,8 +38,9 @@ JobRequeue=1
 MinJobAge=3600
 SlurmdTimeout=5
 KillWait=5
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=4000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=4000
+GresTypes=gpu
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=4000 Gres=gpu:fake:1
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=4000 Gres=gpu:fake:1
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP
 PartitionName=short Nodes=n1,n2 MaxTime=1 State=UP
 """
@@ -71,6 +72,9 @@ class Cluster:
         (folder / "state").mkdir(parents=True)
         CONF.parent.mkdir(exist_ok=True)
         CONF.write_text(SLURM.format(mark=MARK, host=socket.gethostname().split(".")[0], folder=folder, ports=free_ports(3)))
+        for node in ("n1", "n2"):  # Slurm takes any character device for a GPU
+            os.mknod(folder / f"gpu-{node}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        GRES.write_text("".join(f"NodeName={node} Name=gpu Type=fake File={folder}/gpu-{node}\n" for node in ("n1", "n2")))
         self.daemons = {"slurmctld": self.daemon("slurmctld", "-c", "-D")}
         for node in ("n1", "n2"):
             self.start(node)
@@ -119,6 +123,7 @@ class Cluster:
                 process.kill()
         if CONF.exists() and CONF.read_text().startswith(MARK):
             CONF.unlink()
+            GRES.unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -151,10 +156,11 @@ STUDY = {**SLOW, "query": ["margin", "random"], "epsilon": 1.0, "k": 2, "job": {
 
 def test_a_node_dies_and_then_the_driver(project, cluster):
     "Every run finishes, nothing is computed twice; the restarted driver cancels the jobs of the dead one, and only those."
-    project.study(**{**STUDY, "n_initial": 48, "n_query": 24, "max_epochs": 150})
+    project.study(**{**STUDY, "n_initial": 48, "n_query": 24, "max_epochs": 150, "job": {"mem_mb": 900, "runtime": 20, "gpu": 1}})
     on_slurm(project)
     driver = project.start("experiments", "slurm")
     until(lambda: n_rounds_written(project) >= 2 and cluster.jobs("n1") and cluster.jobs("n2"), driver, 240)
+    assert all(line in cluster.say("scontrol", "show", "job", cluster.jobs("n2")[0]) for line in ("TresPerJob=gres:gpu:1", "MinMemoryNode=900M", "TimeLimit=00:20:00"))
     lost = cluster.lose("n1")
     until(lambda: set(lost) & set(cluster.jobs("n2")), driver, 240)  # requeued, once the other one has something to spare
     so_far = n_rounds_written(project)
