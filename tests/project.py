@@ -26,6 +26,16 @@ def _write_counted(self, key, parts, made):
 
 
 Store._write = _write_counted
+_take_back_uncounted = Store.take_back
+
+
+def _take_back_counted(self, key, weights):
+    with open(os.environ["WRITTEN"], "a") as f:
+        f.write(f"again {key}\\n")
+    _take_back_uncounted(self, key, weights)
+
+
+Store.take_back = _take_back_counted
 """
 
 
@@ -151,6 +161,7 @@ def nothing_twice(project):
     "No round was computed twice, nor a question; hybrids took what they share from the store."
     written = project.written()
     assert len(written) == len(set(written)), [line for line in set(written) if written.count(line) > 1]
+    assert not [line for line in written if line.startswith("again")], "weights that were not kept were trained again"
     computed = sum(not r["reused"] for folder in project.folders() for r in rounds_of(folder))
     assert computed <= n_rounds_written(project) < sum(len(rounds_of(folder)) for folder in project.folders())
 
