@@ -7,7 +7,7 @@ __all__ = ['GRID', 'PROGRAM', 'STATES', 'ENDED', 'SIZES', 'RESULTS', 'PLACES', '
            'crossed', 'configurations', 'mapping', 'strategy_in', 'unique', 'check_study', 'read_study', 'state',
            'last_line', 'n_rounds', 'reason', 'picture', 'legend', 'kin', 'n_shared', 'records_of', 'n_held',
            'rounds_seen', 'shape', 'texts_by_round', 'rates', 'expected_flops', 'speed', 'plan_table', 'plan_text',
-           'result_of', 'schema', 'faults', 'committed', 'check_results', 'load_results', 'promote']
+           'result_of', 'validator', 'faults', 'committed', 'check_results', 'load_results', 'promote']
 
 # %% ../nbs/12b_grid.ipynb #62100003
 import itertools
@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pandas as pd
 import transformers
@@ -485,9 +484,14 @@ def result_of(
     return {SUMMARY: json.dumps(summary | {"rounds_hash": fingerprint(rounds)}, indent=1) + "\n", "rounds.jsonl": rounds}
 
 
-def schema() -> dict:
-    "What a committed record may hold."
-    return json.loads((project_root() / RESULTS / "schema.json").read_text())
+def validator(
+    part: str,  # summary or round
+):
+    "A `jsonschema` validator of one part of a committed record."
+    import jsonschema  # its import takes longer than to plan a study
+
+    rules = json.loads((project_root() / RESULTS / "schema.json").read_text())
+    return jsonschema.Draft202012Validator({**rules, "$ref": f"#/$defs/{part}"})
 
 
 def faults(
@@ -495,12 +499,11 @@ def faults(
     name: str,  # how messages call it
 ) -> list[str]:
     "What is wrong with it, a line for each fault."
-    rules, found = schema(), [f"{name}: holds {path.name}, which is no record" for path in folder.iterdir() if path.name not in (SUMMARY, "rounds.jsonl")]
+    found = [f"{name}: holds {path.name}, which is no record" for path in folder.iterdir() if path.name not in (SUMMARY, "rounds.jsonl")]
     try:
         parts = [("summary", json.loads((folder / SUMMARY).read_text())), *(("round", r) for r in read_rounds(folder / "rounds.jsonl"))]
         for kind, part in parts:
-            checker = jsonschema.Draft202012Validator({**rules, "$ref": f"#/$defs/{kind}"})
-            found += [f"{name}: {kind} {'.'.join(map(str, e.absolute_path)) or 'as a whole'}: {e.message[:200]}" for e in checker.iter_errors(part)]
+            found += [f"{name}: {kind} {'.'.join(map(str, e.absolute_path)) or 'as a whole'}: {e.message[:200]}" for e in validator(kind).iter_errors(part)]
         if found:
             return found
         summary, rounds = parts[0][1], [part for _, part in parts[1:]]
@@ -542,10 +545,12 @@ def check_results(
 def load_results(
     study: str,
 ) -> pd.DataFrame:
-    "Its committed records as `analysis.load_runs` gives them; `UserError` names those that other code has made."
-    if found := check_results(study):
+    "Its committed records as `analysis.load_runs` gives them; `UserError` names those that are missing, or that other code has made."
+    place, wanted = project_root() / RESULTS / study, read_study(study)
+    missing = [str(run.folder.relative_to(wanted.folder)) for run in wanted.runs if not (place / run.folder.relative_to(wanted.folder) / SUMMARY).exists()]
+    if found := [f"{RESULTS}/{study}/{name}: is missing" for name in missing] + check_results(study):
         raise UserError(f"{found[0]}{f' (and {len(found) - 1} more)' if len(found) > 1 else ''}; make experiments STUDY={study}, then make results STUDY={study}")
-    return load_runs(project_root() / RESULTS / study)
+    return load_runs(place)
 
 # %% ../nbs/12b_grid.ipynb #62100063
 def promote(

@@ -219,6 +219,11 @@ def test_results_are_promoted_and_checked(project, long):
     assert len(records) == 4 and str(project.runs) not in text and "/root" not in text
     check = "from deltaf1_al.grid import *; print(*check_results('it'), sep='\\n'); print(load_results('it').groupby('strategy').size().to_dict())"
     assert "{'hybrid': 4, 'retrain': 4}" in project.python(check)
+    shutil.move(records[0].parent, project.folder / "elsewhere")
+    load = "from deltaf1_al.grid import *\ntry: load_results('it')\nexcept ValueError as e: print(e)"
+    refused = project.python(load)
+    assert refused.startswith(f"{records[0].parent.relative_to(project.folder)}: is missing; make experiments STUDY=it, then make results"), refused
+    shutil.move(project.folder / "elsewhere", records[0].parent)
     project.study(seed=1, n_rounds=1)
     status, said = project.call("results")
     assert status == 0 and "2 records written, 2 removed that the study no longer asks for" in said, said
@@ -226,5 +231,5 @@ def test_results_are_promoted_and_checked(project, long):
     project.environment["PYTHONPATH"] = str(project.folder)
     found = project.python("from deltaf1_al.grid import *; print(*check_results('it'), sep='\\n')").splitlines()
     assert len(found) == 2 and all("was made by other code or parameters" in line and line.startswith("paper/results/it/docstrings/margin/") for line in found), found
-    refused = project.python("from deltaf1_al.grid import *\ntry: load_results('it')\nexcept ValueError as e: print(e)")
+    refused = project.python(load)
     assert "was made by other code" in refused and "make experiments STUDY=it, then make results STUDY=it" in refused
