@@ -484,6 +484,7 @@ def result_of(
     return {SUMMARY: json.dumps(summary | {"rounds_hash": fingerprint(rounds)}, indent=1) + "\n", "rounds.jsonl": rounds}
 
 
+@cache
 def validator(
     part: str,  # summary or round
 ):
@@ -530,9 +531,10 @@ def check_results(
     study: str = "",  # empty: every study of grid.yml
 ) -> list[str]:
     "What is wrong with committed records, a line for each fault."
+    studies = read_grid()
     others = {path.parent.relative_to(project_root() / RESULTS) for path in (project_root() / RESULTS).rglob(SUMMARY) if recorded_key(path.parent)}
-    found = [f"{RESULTS}/{place}: is of no study of {GRID}" for place in sorted(others) if place.parts[0] not in read_grid()]
-    for name in [study] if study else read_grid():
+    found = [f"{RESULTS}/{place}: is of no study of {GRID}" for place in sorted(others) if place.parts[0] not in studies]
+    for name in [study] if study else studies:
         records = committed(name)
         found += [line for folder in records for line in faults(folder, str(folder.relative_to(project_root())))]
         summaries = [json.loads((folder / SUMMARY).read_text()) for folder in records] if not found else []
