@@ -456,7 +456,7 @@ def heat_maps(
         heat_map(ax, table, value)
     return fig
 
-# %% ../nbs/13_figures.ipynb #0ffc64df
+# %% ../nbs/13_figures.ipynb #ff3b0f0e
 PAGE = 6.9 / 3.3  # width of the page over the width of a column
 
 
@@ -464,6 +464,7 @@ def panels(
     rows: list,  # a title each, or empty
     columns: list,  # a title each
     height: float = 0.8,  # of a panel, relative to the style's figure
+    pad: float = 4,  # between panel and title, in points
     **shared,  # `sharex`, `sharey`, as of `plt.subplots`
 ) -> tuple:  # the figure and a (rows, columns) array of its axes
     "A figure as wide as the page, unknown to pyplot."
@@ -471,7 +472,7 @@ def panels(
     fig, axes = plt.subplots(len(rows), len(columns), squeeze=False, figsize=(width * PAGE, tall * height * len(rows)), **shared)
     plt.close(fig)
     for ax, title in zip(axes[0], columns):
-        ax.set_title(title, fontsize=mpl.rcParams["font.size"])
+        ax.set_title(title, fontsize=mpl.rcParams["font.size"], pad=pad)
     for ax, title in zip(axes[:, -1], rows):
         ax.annotate(title, (1.02, 0.5), xycoords="axes fraction", rotation=270, va="center", size=mpl.rcParams["font.size"])
     return fig, axes
