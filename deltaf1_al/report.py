@@ -66,7 +66,7 @@ def holm(
     "The p-values adjusted for their number; where one is missing, all are."
     return np.full(len(p), np.nan) if p.isna().any() else multipletests(p, method="holm")[1]
 
-# %% ../nbs/14_report.ipynb #2a4afa00
+# %% ../nbs/14_report.ipynb #c4a261c3
 LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "ε": r"$\epsilon$", "Δ": r"$\Delta$", "±": r"$\pm$", "–": "--", "-": "-", ">": "$>$", "<": "$<$", "≥": r"$\geq$", "≤": r"$\leq$", "−": "$-$", "×": r"$\times$", "κ": r"$\kappa$"})
 
 
@@ -86,14 +86,14 @@ def written(
 
 
 def tabular(
-    table: pd.DataFrame,  # of text; its columns are the titles
+    table: pd.DataFrame,  # of text; its columns are the titles, in two levels where several belong together
     aligned: str = "",  # LaTeX column types; default: l for the first, r for the others
 ) -> str:
     "The table in booktabs; where the first column repeats, it is left blank, and where it changes, there is some space."
-    first = table.iloc[:, 0]
-    blank = table.assign(**{table.columns[0]: first.where(first != first.shift(), "")})
+    first, blank = table.iloc[:, 0], table.copy()
+    blank.isetitem(0, first.where(first != first.shift(), ""))
     style = blank.map(latex).rename(columns=latex).style.hide(axis="index")
-    lines = style.to_latex(hrules=True, column_format=aligned or "l" + "r" * (table.shape[1] - 1)).splitlines()
+    lines = style.to_latex(hrules=True, column_format=aligned or "l" + "r" * (table.shape[1] - 1), multicol_align="c").splitlines()
     start = lines.index(r"\midrule") + 1
     new = [i > start and not line.lstrip().startswith(("&", "\\")) for i, line in enumerate(lines)]
     return "\n".join(r"\addlinespace" + "\n" + line if is_new else line for line, is_new in zip(lines, new)) + "\n"
@@ -198,9 +198,9 @@ def recorded() -> dict[str, str]:
     place = project_root() / RESULTS
     return {read_json(path)["config_hash"]: path.parent.relative_to(project_root()).as_posix() for path in sorted(place.rglob("summary.json"))}
 
-# %% ../nbs/14_report.ipynb #bb63cbc8
+# %% ../nbs/14_report.ipynb #64fe5132
 PAPER = "paper/main.tex"  # relative to the project
-SILENT = r"\\(?:begin|end|label|ref|eqref|cite[tp]?|input|bibliography|bibliographystyle|includegraphics|url|hypersetup|vspace|hspace|setlength)\*?(?:\[[^\]]*\])*\{[^}]*\}"
+SILENT = r"\\(?:begin|end|label|ref|eqref|cite[tp]?|input|bibliography|bibliographystyle|includegraphics|url|hypersetup|vspace|hspace|multicolumn|setlength\{[^}]*\})\*?(?:\[[^\]]*\])*\{[^}]*\}"
 
 
 def check_text(
