@@ -7,7 +7,8 @@ __all__ = ['GRID', 'PROGRAM', 'STATES', 'ENDED', 'SIZES', 'RESULTS', 'PLACES', '
            'crossed', 'configurations', 'mapping', 'strategy_in', 'unique', 'check_study', 'read_study', 'state',
            'last_line', 'n_rounds', 'reason', 'picture', 'legend', 'kin', 'n_shared', 'records_of', 'n_held',
            'rounds_seen', 'shape', 'texts_by_round', 'rates', 'expected_flops', 'speed', 'plan_table', 'plan_text',
-           'result_of', 'validator', 'faults', 'committed', 'check_results', 'load_results', 'promote']
+           'result_of', 'validator', 'faults', 'committed', 'check_results', 'load_results', 'seal', 'seal_faults',
+           'load_sealed', 'promote']
 
 # %% ../nbs/12b_grid.ipynb #62100003
 import itertools
@@ -26,7 +27,7 @@ import pandas as pd
 import transformers
 import yaml
 
-from .analysis import load_runs, read_rounds
+from .analysis import load_runs, read_json, read_rounds
 from .config import NAME, RunConfig, UserError, check, choose, fingerprint, is_path, listed, load_extension, project_root, resolve, runs_folder, write_atomic
 from .corpus import BENCHMARKS, DATASETS
 from .encoder import encoder_path
@@ -541,7 +542,8 @@ def check_results(
         data = {(s["config"]["dataset"], s["corpus"]["fingerprint"]) for s in summaries}
         if several := [dataset for dataset, _ in data if sum(d == dataset for d, _ in data) > 1]:
             found.append(f"{RESULTS}/{name}: the runs on {several[0]} saw different texts")
-    return found
+    sealed = [path for path in sorted((project_root() / RESULTS).glob("*/*.json")) if "program" in read_json(path)]
+    return found + [line for path in ([] if study else sealed) for line in seal_faults(path)]
 
 
 def load_results(
@@ -553,6 +555,43 @@ def load_results(
     if found := [f"{RESULTS}/{study}/{name}: is missing" for name in missing] + check_results(study):
         raise UserError(f"{found[0]}{f' (and {len(found) - 1} more)' if len(found) > 1 else ''}; make experiments STUDY={study}, then make results STUDY={study}")
     return load_runs(place)
+
+# %% ../nbs/12b_grid.ipynb #2b56b442
+def seal(
+    config: RunConfig,  # what its runs have in common
+    program: str,  # the notebook, relative to the project
+    content: dict,  # numbers and settings
+) -> dict:
+    "The content as a record: with the parameters, the key of code and parameters, and a hash over itself."
+    known = {name: value for name, value in asdict(config).items() if name not in PLACES}
+    return {"program": program, "config": known, "key": run_key(config, program), "content_hash": fingerprint(json.dumps(content)), **content}
+
+
+def seal_faults(
+    path: Path,  # a file of a sealed record
+) -> list[str]:
+    "What is wrong with it, a line for each fault."
+    name = path.relative_to(project_root()).as_posix()
+    try:
+        record = read_json(path)
+        if found := [f"{name}: {'.'.join(map(str, e.absolute_path)) or 'as a whole'}: {e.message[:200]}" for e in validator("sealed").iter_errors(record)]:
+            return found
+        content = {field: value for field, value in record.items() if field not in ("program", "config", "key", "content_hash")}
+        if fingerprint(json.dumps(content)) != record["content_hash"]:
+            return [f"{name}: what it holds is not what it was written with"]
+        now = run_key(RunConfig(**record["config"]), record["program"])
+        return [] if now == record["key"] else [f"{name}: was made by other code or parameters (its key is {record['key']}, now it would be {now})"]
+    except (UserError, LookupError, TypeError) as e:
+        return [f"{name}: cannot be read ({' '.join(str(e).split())})"]
+
+
+def load_sealed(
+    path: str,  # relative to the project
+) -> dict:
+    "The record; `UserError` when other code has made it, or something in it was changed."
+    if found := seal_faults(project_root() / path):
+        raise UserError(f"{found[0]}; run its notebook again")
+    return read_json(project_root() / path)
 
 # %% ../nbs/12b_grid.ipynb #62100063
 def promote(
