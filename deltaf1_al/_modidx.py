@@ -366,6 +366,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'deltaf1_al.report.Report._add': ('report.html#report._add', 'deltaf1_al/report.py'),
                                    'deltaf1_al.report.Report._write': ('report.html#report._write', 'deltaf1_al/report.py'),
                                    'deltaf1_al.report.Report.figure': ('report.html#report.figure', 'deltaf1_al/report.py'),
+                                   'deltaf1_al.report.Report.markdown': ('report.html#report.markdown', 'deltaf1_al/report.py'),
                                    'deltaf1_al.report.Report.number': ('report.html#report.number', 'deltaf1_al/report.py'),
                                    'deltaf1_al.report.Report.table': ('report.html#report.table', 'deltaf1_al/report.py'),
                                    'deltaf1_al.report.Report.write': ('report.html#report.write', 'deltaf1_al/report.py'),

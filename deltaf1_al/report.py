@@ -98,7 +98,7 @@ def tabular(
     new = [i > start and not line.lstrip().startswith(("&", "\\")) for i, line in enumerate(lines)]
     return "\n".join(r"\addlinespace" + "\n" + line if is_new else line for line, is_new in zip(lines, new)) + "\n"
 
-# %% ../nbs/14_report.ipynb #07dfca40
+# %% ../nbs/14_report.ipynb #5bdb777d
 BUILD = "paper/build"  # relative to the project
 
 
@@ -152,6 +152,18 @@ class Report:
         self._add(name, name, what, of)
         self._write(name, tabular(table, aligned).rstrip())
 
+    def markdown(
+        self,
+        name: str,  # of the file
+        table: pd.DataFrame,  # of text
+        what: str,
+        of: pd.DataFrame | list,
+    ):
+        "A table for README.md, which has to hold it as it is."
+        self._add(name, name, what, of)
+        rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
+        write_atomic(self.folder / f"{name}.md", "".join(f"| {' | '.join(row)} |\n" for row in rows))
+
     def _write(self, name: str, content: str):
         "A file for `\\input`: the content, and below it the link."
         entry = self.provenance[name]
@@ -198,7 +210,7 @@ def recorded() -> dict[str, str]:
     place = project_root() / RESULTS
     return {read_json(path)["config_hash"]: path.parent.relative_to(project_root()).as_posix() for path in sorted(place.rglob("summary.json"))}
 
-# %% ../nbs/14_report.ipynb #64fe5132
+# %% ../nbs/14_report.ipynb #010470b3
 PAPER = "paper/main.tex"  # relative to the project
 SILENT = r"\\(?:begin|end|label|ref|eqref|cite[tp]?|input|bibliography|bibliographystyle|includegraphics|url|hypersetup|vspace|hspace|multicolumn|setlength\{[^}]*\})\*?(?:\[[^\]]*\])*\{[^}]*\}"
 
@@ -220,10 +232,11 @@ def check_text(
 
 
 def check_paper() -> list[str]:
-    "What is wrong with the numbers of `paper/main.tex`, after `make figures`."
+    "What is wrong with the numbers of `paper/main.tex` and with the tables of README.md, after `make figures`."
     root = project_root()
-    provenance = read_json(root / BUILD / "provenance.json")
-    return check_text((root / PAPER).read_text(), {name for name, entry in provenance.items() if "text" in entry})
+    provenance, readme = read_json(root / BUILD / "provenance.json"), (root / "README.md").read_text()
+    found = [f"README.md: lacks the table {BUILD}/{path.name}" for path in sorted((root / BUILD).glob("*.md")) if path.read_text() not in readme]
+    return found + check_text((root / PAPER).read_text(), {name for name, entry in provenance.items() if "text" in entry})
 
 # %% ../nbs/14_report.ipynb #a7694f1f
 def trace(
