@@ -66,7 +66,7 @@ def holm(
     "The p-values adjusted for their number; where one is missing, all are."
     return np.full(len(p), np.nan) if p.isna().any() else multipletests(p, method="holm")[1]
 
-# %% ../nbs/14_report.ipynb #c4a261c3
+# %% ../nbs/14_report.ipynb #98cc12a7
 LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "ε": r"$\epsilon$", "Δ": r"$\Delta$", "±": r"$\pm$", "–": "--", "-": "-", ">": "$>$", "<": "$<$", "≥": r"$\geq$", "≤": r"$\leq$", "−": "$-$", "×": r"$\times$", "κ": r"$\kappa$"})
 
 
@@ -95,7 +95,7 @@ def tabular(
     style = blank.map(latex).rename(columns=latex).style.hide(axis="index")
     lines = style.to_latex(hrules=True, column_format=aligned or "l" + "r" * (table.shape[1] - 1), multicol_align="c").splitlines()
     start = lines.index(r"\midrule") + 1
-    new = [i > start and not line.lstrip().startswith(("&", "\\")) for i, line in enumerate(lines)]
+    new = [first.duplicated().any() and i > start and not line.lstrip().startswith(("&", "\\")) for i, line in enumerate(lines)]
     return "\n".join(r"\addlinespace" + "\n" + line if is_new else line for line, is_new in zip(lines, new)) + "\n"
 
 # %% ../nbs/14_report.ipynb #5bdb777d
