@@ -70,7 +70,7 @@ class Run:
 class Study:
     "Its runs, the most wanted first."
 
-    name: str
+    name: str  # and the part of it that is meant, as `cpu/ag_news/margin`
     runs: list[Run]
     job: Job
     folder: Path
@@ -173,25 +173,31 @@ def check_study(
 
 # %% ../nbs/12b_grid.ipynb #62100010
 def read_study(
-    name: str,
+    name: str,  # a study, or the folder of some of its runs: study/dataset/query/strategy
     path: str = GRID,  # relative to the project
 ) -> Study:
-    "The study of that name with the folders and keys of its runs; `UserError` says what it cannot be."
-    said = choose("STUDY", name, read_grid(path))
+    "The study of that name, or that part of it, with the folders and keys of its runs; `UserError` says what it cannot be."
+    whole, *part = Path(name).parts or [name]
+    said = choose("STUDY", whole, read_grid(path))
     try:
         mapping("it", said)
-        if not re.fullmatch(NAME, name):
+        if not re.fullmatch(NAME, whole):
             raise UserError("its name is not allowed; allowed are lower-case letters, digits, - and _, a letter first")
         given = {} if said.get("job") is None else mapping("job", said["job"])
         if unknown := [name for name in given if name not in Job.__dataclass_fields__]:
             raise UserError(f"job has {listed(unknown)}; allowed are {listed(Job.__dataclass_fields__)}")
-        job, configs, folder = Job(**given), configurations(said), runs_folder() / name
+        job, configs, folder = Job(**given), configurations(said), runs_folder() / whole
         for config in configs:
             check_study(config)
     except UserError as e:
-        raise UserError(f"study {name} of {path}: {e}") from e
-    places = [folder / f"{config.name}-{config.hash[:8]}" for config in configs]
-    return Study(name, [Run(replace(c, out_dir=str(p)), p, run_key(c, PROGRAM)) for c, p in zip(configs, places)], job, folder)
+        raise UserError(f"study {whole} of {path}: {e}") from e
+    places = {folder / f"{config.name}-{config.hash[:8]}": config for config in configs}
+    for depth in range(len(part)):
+        below = {}  # folder -> what lies there
+        for place, config in places.items():
+            below.setdefault("/".join([whole, *place.relative_to(folder).parts[: depth + 1]]), {})[place] = config
+        places = choose("STUDY", "/".join([whole, *part[: depth + 1]]), below)
+    return Study("/".join([whole, *part]), [Run(replace(c, out_dir=str(p)), p, run_key(c, PROGRAM)) for p, c in places.items()], job, folder)
 
 # %% ../nbs/12b_grid.ipynb #62100016
 STATES = {"finished": "✓", "running": "▶", "failed": "✗", "begun": "~", "changed": "↻", "to do": "·"}
@@ -534,7 +540,7 @@ def check_results(
     "What is wrong with committed records, a line for each fault."
     studies = read_grid()
     others = {path.parent.relative_to(project_root() / RESULTS) for path in (project_root() / RESULTS).rglob(SUMMARY) if recorded_key(path.parent)}
-    found = [f"{RESULTS}/{place}: is of no study of {GRID}" for place in sorted(others) if place.parts[0] not in studies]
+    found = [f"{RESULTS}/{place}: is of no study of {GRID}" for place in sorted(others) if not study and place.parts[0] not in studies]
     for name in [study] if study else studies:
         records = committed(name)
         found += [line for folder in records for line in faults(folder, str(folder.relative_to(project_root())))]
@@ -551,8 +557,9 @@ def load_results(
 ) -> pd.DataFrame:
     "Its committed records as `analysis.load_runs` gives them; `UserError` names those that are missing, or that other code has made."
     place, wanted = project_root() / RESULTS / study, read_study(study)
-    missing = [str(run.folder.relative_to(wanted.folder)) for run in wanted.runs if not (place / run.folder.relative_to(wanted.folder) / SUMMARY).exists()]
-    if found := [f"{RESULTS}/{study}/{name}: is missing" for name in missing] + check_results(study):
+    missing = [f"{wanted.folder.name}/{run.folder.relative_to(wanted.folder)}" for run in wanted.runs]
+    missing = [name for name in missing if not (project_root() / RESULTS / name / SUMMARY).exists()]
+    if found := [f"{RESULTS}/{name}: is missing" for name in missing] + check_results(study):
         raise UserError(f"{found[0]}{f' (and {len(found) - 1} more)' if len(found) > 1 else ''}; make experiments STUDY={study}, then make results STUDY={study}")
     return load_runs(place)
 
@@ -598,7 +605,7 @@ def promote(
     study: Study,
 ) -> str:
     "What `make results` does: copy the records of finished runs, remove those the study no longer asks for; what it did, on one line."
-    place = project_root() / RESULTS / study.name
+    place = project_root() / RESULTS / study.folder.name
     finished = [run for run in study.runs if state(run) == "finished"]
     wanted = {place / run.folder.relative_to(study.folder): run for run in study.runs}
     contents = {place / run.folder.relative_to(study.folder): result_of(run) for run in finished}

@@ -75,17 +75,17 @@ class Project:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def start(self, name, *arguments):
+    def start(self, name, *arguments, study="it"):
         "What `make` starts, as a process."
         code = "import sys; from deltaf1_al.driver import command; command(*sys.argv[1:])"
         return subprocess.Popen(
-            [sys.executable, "-c", code, name, "it", *arguments], cwd=self.folder, env=self.environment, text=True,
+            [sys.executable, "-c", code, name, study, *arguments], cwd=self.folder, env=self.environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
-    def call(self, name, *arguments):
+    def call(self, name, *arguments, study="it"):
         "Its exit status and what it said."
-        process = self.start(name, *arguments)
+        process = self.start(name, *arguments, study=study)
         said, _ = process.communicate(timeout=900)
         return process.returncode, said
 

@@ -210,8 +210,10 @@ def test_bad_words(project, arguments, says):
 
 def test_results_are_promoted_and_checked(project, long):
     project.study(seed=[0, 1], n_rounds=1)
+    status, said = project.call("experiments", study="it/docstrings/margin/hybrid")
+    assert status == 0 and "0 of 2 runs are finished; 2 to do" in said and len(project.folders()) == 2, said
     status, said = project.call("experiments")
-    assert status == 0, said
+    assert status == 0 and "2 of 4 runs are finished; 2 to do" in said, said
     status, said = project.call("results")
     assert status == 0 and "4 records written, 0 removed that the study no longer asks for, 0 of 4 runs still missing" in said, said
     records = sorted((project.folder / "paper/results/it").rglob("summary.json"))
@@ -224,6 +226,10 @@ def test_results_are_promoted_and_checked(project, long):
     refused = project.python(load)
     assert refused.startswith(f"{records[0].parent.relative_to(project.folder)}: is missing; make experiments STUDY=it, then make results"), refused
     shutil.move(project.folder / "elsewhere", records[0].parent)
+    shutil.rmtree(records[-1].parent)  # of retrain
+    status, said = project.call("results", study="it/docstrings/margin/hybrid")
+    assert status == 0 and "2 records written, 0 removed that the study no longer asks for, 0 of 2 runs still missing" in said, said
+    assert sorted((project.folder / "paper/results/it").rglob("summary.json")) == records[:-1]
     project.study(seed=1, n_rounds=1)
     status, said = project.call("results")
     assert status == 0 and "2 records written, 2 removed that the study no longer asks for" in said, said
