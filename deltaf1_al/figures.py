@@ -427,15 +427,16 @@ def heat_map(
     table: pd.DataFrame,  # from `rule_outcomes`
     value: str,  # one of `HEAT`
 ):
-    "Mean over seeds of one outcome, a cell for each ε (across) and k (down)."
+    "Mean over seeds of one outcome, a cell for each ε (across) and k (down); of the switch round over those that switch, with their number where they are not all."
     title, form = HEAT[value]
     by = table.astype({"switch_round": float}).groupby(["k", "epsilon"])
-    mean, share = by[value].mean().unstack(), by["switch_round"].agg(lambda s: s.notna().mean()).unstack()
+    mean, seeds, switches = by[value].mean().unstack(), by.size().unstack().to_numpy(), by["switch_round"].count().unstack().to_numpy()
     ax.pcolormesh(mean.to_numpy(), cmap="cividis", edgecolors="white", linewidth=1)
     middle = np.nanmean([np.nanmin(mean), np.nanmax(mean)]) if mean.notna().any(axis=None) else 0
     for (row, column), number in np.ndenumerate(mean.to_numpy()):
-        switched = share.to_numpy()[row, column]
+        switched, of = switches[row, column], seeds[row, column]
         text = "never" if value == "switch_round" and not switched else form.format(number)
+        text += f" ({switched}/{of})" if value == "switch_round" and 0 < switched < of else ""
         dark = np.isfinite(number) and number <= middle
         ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color="white" if dark else "black", size="small")
         if not switched:

@@ -31,7 +31,7 @@ def paired(
     margin: float = 0.01,  # differences smaller than that do not matter
     level: float = 0.95,  # of the interval
 ) -> pd.DataFrame:  # one row a data set, encoder, query and arm
-    "Mean of `score` minus retrain's of the same seed, its *t* interval `low` to `high`, and Holm's p-values over data sets: of a difference, and of equivalence."
+    "Mean of `score` minus retrain's of the same seed, in how many seeds they `parted`, the *t* interval `low` to `high`, and Holm's p-values over data sets: of a difference, and of equivalence."
     table = summarise(runs)
     pair = [*COMPARISON, "seed"]
     retrain = table[table["strategy"] == "retrain"].set_index(pair)[score]
@@ -40,7 +40,7 @@ def paired(
     rows = others.assign(difference=differences).dropna(subset="difference").groupby([*COMPARISON, "arm"], sort=False)["difference"]
     result = pd.DataFrame({key: one_sample(group.to_numpy(), margin, level) for key, group in rows}).T.rename_axis([*COMPARISON, "arm"])
     claims = result.groupby(["encoder", "query", "arm"])
-    return result.assign(**{name: claims[name].transform(holm) for name in ("p_differs", "p_equivalent")}).astype({"seeds": int})
+    return result.assign(**{name: claims[name].transform(holm) for name in ("p_differs", "p_equivalent")}).astype({"seeds": int, "parted": int})
 
 
 def one_sample(
@@ -48,13 +48,11 @@ def one_sample(
     margin: float,
     level: float,
 ) -> dict:
-    "Mean, interval and p-values of one mean against zero; NaN for what a single seed cannot say."
-    n, mean = len(differences), float(np.mean(differences))
-    row = {"seeds": n, "difference": mean, "low": np.nan, "high": np.nan, "p_differs": np.nan, "p_equivalent": np.nan}
-    if n < 2:
+    "Mean, interval and p-values of one mean against zero; NaN for what a single seed, or the same run twice, cannot say."
+    n, parted = len(differences), int(np.count_nonzero(differences))
+    row = {"seeds": n, "parted": parted, "difference": float(np.mean(differences)), "low": np.nan, "high": np.nan, "p_differs": np.nan, "p_equivalent": np.nan}
+    if n < 2 or not parted:
         return row
-    if np.ptp(differences) == 0:  # runs that never parted: there is nothing to estimate
-        return row | {"low": mean, "high": mean, "p_differs": float(mean == 0), "p_equivalent": float(abs(mean) >= margin)}
     sample = DescrStatsW(differences)
     low, high = sample.tconfint_mean(1 - level)
     return row | {"low": low, "high": high, "p_differs": sample.ttest_mean(0)[1], "p_equivalent": sample.ttost_mean(-margin, margin)[0]}
@@ -63,8 +61,11 @@ def one_sample(
 def holm(
     p: pd.Series,  # p-values of one claim, a data set each
 ) -> np.ndarray:
-    "The p-values adjusted for their number; where one is missing, all are."
-    return np.full(len(p), np.nan) if p.isna().any() else multipletests(p, method="holm")[1]
+    "The p-values that are there, adjusted for their number."
+    there, adjusted = p.notna().to_numpy(), np.full(len(p), np.nan)
+    if there.any():
+        adjusted[there] = multipletests(p[there], method="holm")[1]
+    return adjusted
 
 # %% ../nbs/14_report.ipynb #98cc12a7
 LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "ε": r"$\epsilon$", "Δ": r"$\Delta$", "±": r"$\pm$", "–": "--", "-": "-", ">": "$>$", "<": "$<$", "≥": r"$\geq$", "≤": r"$\leq$", "−": "$-$", "×": r"$\times$", "κ": r"$\kappa$"})
@@ -219,14 +220,16 @@ def check_text(
     text: str,  # LaTeX
     numbers: set[str],  # macros that there are
 ) -> list[str]:
-    "What is wrong with the numbers of the text, a line for each fault: digits, macros that are not there, macros that are not used."
+    "What is wrong with the numbers of the text, a line for each fault: digits, gaps, macros that are not there, macros that are not used."
     body = text.split(r"\begin{document}")[-1]
+    gaps = [i for i, line in enumerate(body.splitlines()) if re.search(r"%\s*[A-Z]{3,}\b(?!.*[a-z])", line)]
     lines = [re.sub(r"(?<!\\)%.*", "", line) for line in body.splitlines()]
     own = set(re.findall(r"\\(?:re)?newcommand\{?\\([A-Za-z]+)", text))
     used = [(i, name) for i, line in enumerate(lines) for name in re.findall(r"\\([a-z]+[A-Z][A-Za-z]*)", line)]
     start = text[: len(text) - len(body)].count("\n") + 1
     found = [f"{PAPER}:{start + i}: the text holds the number {number}; allowed are macros of {BUILD}/numbers.tex, and words"
              for i, line in enumerate(lines) for number in re.findall(r"\d[\d.,]*\d|\d", re.sub(SILENT, "", line))]  # fmt: skip
+    found += [f"{PAPER}:{start + i}: a gap is still to be filled" for i in gaps]
     found += [f"{PAPER}:{start + i}: \\{name} is no number of {BUILD}/numbers.tex" for i, name in used if name not in numbers | own]
     return found + [f"{PAPER}: \\{name} is not used" for name in sorted(numbers - {name for _, name in used})]
 
@@ -260,11 +263,11 @@ def trace(
 
 def describe(
     root: Path,  # the project
-    place: str,  # of a record: the folder of a run, or a JSON file
+    place: str,  # of a record: the folder of a run, a JSON file, or a page of studies
 ) -> dict:
     "The record on one line: parameters, key, commit."
     path = root / place
-    about = read_json(path / "summary.json" if path.is_dir() else path)
+    about = {} if path.suffix == ".yml" else read_json(path / "summary.json" if path.is_dir() else path)
     log = subprocess.run(["git", "log", "-1", "--format=%h %cs", "--", place], cwd=root, text=True, capture_output=True)
     settings = about.get("config") or about.get("settings") or {}
     return {"record": place, "key": about.get("key", "–"), "commit": log.stdout.strip() or "not committed", **settings}
