@@ -539,8 +539,8 @@ def check_results(
 ) -> list[str]:
     "What is wrong with committed records, a line for each fault."
     studies = read_grid()
-    others = {path.parent.relative_to(project_root() / RESULTS) for path in (project_root() / RESULTS).rglob(SUMMARY) if recorded_key(path.parent)}
-    found = [f"{RESULTS}/{place}: is of no study of {GRID}" for place in sorted(others) if not study and place.parts[0] not in studies]
+    others = set() if study else {path.parent.relative_to(project_root() / RESULTS) for path in (project_root() / RESULTS).rglob(SUMMARY) if recorded_key(path.parent)}
+    found = [f"{RESULTS}/{place}: is of no study of {GRID}" for place in sorted(others) if place.parts[0] not in studies]
     for name in [study] if study else studies:
         records = committed(name)
         found += [line for folder in records for line in faults(folder, str(folder.relative_to(project_root())))]
