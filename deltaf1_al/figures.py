@@ -299,11 +299,13 @@ def timing_dots(
     last: int,  # the last round there is
     ax: plt.Axes = None,  # where to draw; default a new figure
 ) -> plt.Figure:
-    "One dot for each line of the table at its round, dots that coincide side by side; `never` is on the right."
+    "One dot for each line of the table at its round, dots that coincide one below the other, five to a column; `never` is on the right."
     never = last + max(1, last / 8)
     table = table.assign(at=table["switch_round"].astype(float).fillna(never))
     same = table.groupby(["row", "at"])["at"]
-    heights = table["row"].map(rows.index) + (same.cumcount() - (same.transform("size") - 1) / 2) * 0.15
+    column, place, tall = same.cumcount() // 5, same.cumcount() % 5, same.transform("size").clip(upper=5)
+    heights = table["row"].map(rows.index) + (place - (tall - 1) / 2) * 0.15
+    table["at"] += (column - (same.transform("size") - 1) // 5 / 2) * last / 40
     if ax is None:
         _, (ax,) = new_figure((0.3 + min(0.2 * len(rows), 0.6 + 0.08 * len(rows)),))
     for name, part in table.assign(height=heights).groupby("look", sort=False):

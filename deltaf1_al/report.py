@@ -30,13 +30,14 @@ def paired(
     score: str = "test_macro_f1",  # a column of `summarise`, such as `area`
     margin: float = 0.01,  # differences smaller than that do not matter
     level: float = 0.95,  # of the interval
+    baseline: str = "retrain",  # the strategy that the others are compared with
 ) -> pd.DataFrame:  # one row a data set, encoder, query and arm
-    "Mean of `score` minus retrain's of the same seed, in how many seeds they `parted`, the *t* interval `low` to `high`, and Holm's p-values over data sets: of a difference, and of equivalence."
+    "Mean of `score` minus the baseline's of the same seed, in how many seeds they `parted`, the *t* interval `low` to `high`, and Holm's p-values over data sets: of a difference, and of equivalence."
     table = summarise(runs)
     pair = [*COMPARISON, "seed"]
-    retrain = table[table["strategy"] == "retrain"].set_index(pair)[score]
-    others = table[table["strategy"] != "retrain"]
-    differences = others[score].to_numpy() - retrain.reindex(pd.MultiIndex.from_frame(others[pair])).to_numpy()
+    base = table[table["strategy"] == baseline].set_index(pair)[score]
+    others = table[table["strategy"] != baseline]
+    differences = others[score].to_numpy() - base.reindex(pd.MultiIndex.from_frame(others[pair])).to_numpy()
     rows = others.assign(difference=differences).dropna(subset="difference").groupby([*COMPARISON, "arm"], sort=False)["difference"]
     result = pd.DataFrame({key: one_sample(group.to_numpy(), margin, level) for key, group in rows}).T.rename_axis([*COMPARISON, "arm"])
     claims = result.groupby(["encoder", "query", "arm"])
