@@ -20,7 +20,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 STRATEGIES := retrain fine-tune new-only hybrid
 DEMO := $(STRATEGIES:%=runs/demo/%/summary.json)
 
-.PHONY: help setup demo plan experiments experiments-status results test lib check lab clean store-check store-gc own-environment
+.PHONY: help setup demo plan experiments experiments-status results figures paper trace test lib check lab clean store-check store-gc own-environment
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -77,6 +77,32 @@ experiments-status: | $(READY) ## finished, running and failed runs of a study, 
 results: | $(READY) ## copy the records of finished runs to paper/results, checked
 	$(GRID) results '$(STUDY)'
 
+PAPER := paper/build
+# The only date in the PDF; without it two builds would differ.
+export SOURCE_DATE_EPOCH ?= 1700000000
+
+figures: $(PAPER)/provenance.json ## figures, tables and numbers of the paper, from the committed records
+
+# A folder's time changes when a record comes or goes, a file's when it is edited. No run is ever started from here,
+# and no PDF of other records stays.
+$(PAPER)/provenance.json: nbs/paper_figures.ipynb nbs/grid/grid.yml $(wildcard deltaf1_al/*.py) $(shell find paper/results) | $(READY)
+	@rm -rf $(PAPER) paper/main.pdf; mkdir -p $(PAPER)
+	@$(BIN)/papermill nbs/paper_figures.ipynb $(PAPER)/paper_figures.ipynb -k python3 --no-progress-bar > $(PAPER)/papermill.log 2>&1 \
+	|| { grep -E '^[A-Za-z_.]*(Error|Exception)' $(PAPER)/papermill.log | tail -n 1; echo "Not made: figures and tables. The whole log: $(PAPER)/papermill.log"; exit 1; }
+	@echo "Figures, tables and numbers: $(PAPER)"
+
+paper: figures ## build paper/main.pdf from the committed records, offline; installs nothing
+	@if command -v latexmk >/dev/null; then \
+	  cd paper && latexmk -pdf -interaction=nonstopmode -halt-on-error -outdir=build main.tex > build/latexmk.log 2>&1 \
+	  || { grep -A 3 '^!' build/latexmk.log | head -n 8; echo "Not made: paper/main.pdf. The whole log: $(PAPER)/latexmk.log"; exit 1; }; \
+	elif command -v tectonic >/dev/null; then (cd paper && tectonic --chatter minimal --outdir build main.tex); \
+	else echo "Not made: paper/main.pdf. TeX is missing: apt-get install latexmk texlive-latex-recommended texlive-fonts-recommended (or use the tectonic of environment.yml)."; exit 1; fi
+	@cp $(PAPER)/main.pdf paper/main.pdf
+	@echo "paper/main.pdf"
+
+trace: figures ## the runs, parameters, keys and commits behind NUMBER=\hybridCostAG, or behind a figure or table
+	@$(BIN)/python -m deltaf1_al.report '$(NUMBER)'
+
 test: | $(READY) ## run the tests: every notebook, then the whole program from outside
 	@$(BIN)/pytest -q tests
 
@@ -93,8 +119,10 @@ check: | $(READY) ## before a commit: notebooks clean, modules in step with them
 	diff -rq "$$old/deltaf1_al" deltaf1_al || fail "the modules above were not what the notebooks say; they are now, commit them."; \
 	new=$$(git ls-files --others --exclude-standard); \
 	[ -z "$$new" ] || { echo "$$new"; fail "the files above are untracked; add them, or name them in .gitignore."; }; \
-	$(BIN)/python -c 'import sys; from deltaf1_al.grid import check_results; sys.exit("\n".join(check_results()) or 0)' || fail "the records above cannot stay."; \
-	[ $$bad = 0 ] && echo "make check: notebooks clean, modules in step, nothing untracked, records current."
+	if ! $(BIN)/python -c 'import sys; from deltaf1_al.grid import check_results; sys.exit("\n".join(check_results()) or 0)'; then fail "the records above cannot stay."; \
+	elif $(MAKE) --no-print-directory -s figures; then $(BIN)/python -m deltaf1_al.report || fail "the text above cannot stay."; \
+	else fail "the paper's figures and numbers cannot be made."; fi; \
+	[ $$bad = 0 ] && echo "make check: notebooks clean, modules in step, nothing untracked, records current, the paper's numbers those of the records."
 
 store-check: | $(READY) ## verify every finished round in the store
 	@$(BIN)/python -c 'from deltaf1_al.store import check_store; check_store()'
@@ -108,5 +136,5 @@ lab: | $(READY) ## open the notebooks in JupyterLab
 clean: ## remove caches, build products and the demo's runs; keeps .venv, the store and all other runs
 	@echo "Removed:"
 	@find . \( -path ./.git -o -path ./.venv \) -prune -o \( -name __pycache__ -o -name .pytest_cache -o -name .hypothesis \
-	  -o -name .ipynb_checkpoints -o -path ./build -o -path ./dist -o -path ./_proc -o -path ./_docs -o -path ./runs/demo \) \
+	  -o -name .ipynb_checkpoints -o -path ./build -o -path ./dist -o -path ./_proc -o -path ./_docs -o -path ./paper/build -o -path ./paper/main.pdf -o -path ./runs/demo \) \
 	  -prune -print -exec rm -rf {} +

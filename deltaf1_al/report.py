@@ -69,7 +69,7 @@ def holm(
     return adjusted
 
 # %% ../nbs/14_report.ipynb #98cc12a7
-LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "ε": r"$\epsilon$", "Δ": r"$\Delta$", "±": r"$\pm$", "–": "--", "-": "-", ">": "$>$", "<": "$<$", "≥": r"$\geq$", "≤": r"$\leq$", "−": "$-$", "×": r"$\times$", "κ": r"$\kappa$"})
+LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "ε": r"$\epsilon$", "Δ": r"$\Delta$", "±": r"$\pm$", "–": "--", ">": "$>$", "<": "$<$", "≥": r"$\geq$", "≤": r"$\leq$", "−": "$-$", "×": r"$\times$", "κ": r"$\kappa$"})
 
 
 def latex(text: str) -> str:
