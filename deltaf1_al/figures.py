@@ -433,14 +433,15 @@ def heat_map(
     title, form = HEAT[value]
     by = table.astype({"switch_round": float}).groupby(["k", "epsilon"])
     mean, seeds, switches = by[value].mean().unstack(), by.size().unstack().to_numpy(), by["switch_round"].count().unstack().to_numpy()
-    ax.pcolormesh(mean.to_numpy(), cmap="cividis", edgecolors="white", linewidth=1)
+    cells = ax.pcolormesh(mean.to_numpy(), cmap="cividis", edgecolors="white", linewidth=1)
     middle = np.nanmean([np.nanmin(mean), np.nanmax(mean)]) if mean.notna().any(axis=None) else 0
     for (row, column), number in np.ndenumerate(mean.to_numpy()):
         switched, of = switches[row, column], seeds[row, column]
         text = "never" if value == "switch_round" and not switched else form.format(number)
         text += f" ({switched}/{of})" if value == "switch_round" and 0 < switched < of else ""
         dark = np.isfinite(number) and number <= middle
-        ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color="white" if dark else "black", size="small")
+        behind = dict(facecolor=cells.to_rgba(number) if np.isfinite(number) else "white", edgecolor="none", pad=0.8)  # keeps hatching off the number
+        ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color="white" if dark else "black", size="small", bbox=None if switched else behind)
         if not switched:
             ax.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, hatch="//", edgecolor="0.7", linewidth=0))
     ax.set_xticks(np.arange(mean.shape[1]) + 0.5, [f"{e:g}" for e in mean.columns])
