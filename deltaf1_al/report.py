@@ -271,6 +271,8 @@ def describe(
     about = {} if path.suffix == ".yml" else read_json(path / "summary.json" if path.is_dir() else path)
     log = subprocess.run(["git", "log", "-1", "--format=%h %cs", "--", place], cwd=root, text=True, capture_output=True)
     settings = about.get("config") or about.get("settings") or {}
+    if "study" in about:  # of a notebook that makes runs of its own: what they have in common, and what it varies
+        settings = {name: value for name, value in settings.items() if name not in ("strategy", "seed")} | about["study"]
     return {"record": place, "key": about.get("key", "–"), "commit": log.stdout.strip() or "not committed", **settings}
 
 
