@@ -21,6 +21,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'deltaf1_al.analysis.area': ('analysis.html#area', 'deltaf1_al/analysis.py'),
                                      'deltaf1_al.analysis.arm_order': ('analysis.html#arm_order', 'deltaf1_al/analysis.py'),
                                      'deltaf1_al.analysis.arms': ('analysis.html#arms', 'deltaf1_al/analysis.py'),
+                                     'deltaf1_al.analysis.by_setting': ('analysis.html#by_setting', 'deltaf1_al/analysis.py'),
+                                     'deltaf1_al.analysis.cheapest': ('analysis.html#cheapest', 'deltaf1_al/analysis.py'),
                                      'deltaf1_al.analysis.check_column': ('analysis.html#check_column', 'deltaf1_al/analysis.py'),
                                      'deltaf1_al.analysis.common_labels': ('analysis.html#common_labels', 'deltaf1_al/analysis.py'),
                                      'deltaf1_al.analysis.compare': ('analysis.html#compare', 'deltaf1_al/analysis.py'),

@@ -8,7 +8,7 @@ __all__ = ['ROUND_FIELDS', 'COSTS', 'PHASES', 'VARIED', 'RUN_COLUMNS', 'COMPARIS
            'first_to_reach', 'labels_to_reach', 'cost_to_reach', 'area', 'learning_curve_area', 'switch_rounds',
            'common_labels', 'cut_to_common', 'vs_retrain', 'same_settings', 'summarise', 'compare', 'mean_sd',
            'format_row', 'format_comparison', 'computed_once', 'switch_table', 'switch_outcomes', 'oracle_of',
-           'rule_outcomes']
+           'rule_outcomes', 'by_setting', 'cheapest']
 
 # %% ../nbs/12_analysis.ipynb #1143f186
 import itertools
@@ -430,3 +430,24 @@ def rule_outcomes(
     table = rules.merge(outcomes, how="left", on=["seed", "switch_round"])
     best = oracle_of(outcomes).set_index("seed")["f1"]
     return table.assign(regret=table["seed"].map(best) - table["f1"])
+
+# %% ../nbs/12_analysis.ipynb #5e770002
+def by_setting(
+    runs: pd.DataFrame,  # rows of `load_runs`
+    names: list,  # parameters that the runs differ in
+) -> pd.DataFrame:  # one row a data set and setting
+    "Validation macro-F1 of each setting (`f1`, mean over rounds and seeds), its standard error over seeds (`error`), and training FLOPs (`flops`)."
+    known = pd.DataFrame([{name: json.loads(settings)[name] for name in names} for settings in runs["settings"]], index=runs.index)
+    each = runs.assign(**known).groupby(["dataset", *names, "seed"]).agg(f1=("val_macro_f1", "mean"), flops=("train_flops", "sum"))
+    return each.groupby(["dataset", *names]).agg(f1=("f1", "mean"), error=("f1", "sem"), flops=("flops", "sum")).reset_index()
+
+
+def cheapest(
+    table: pd.DataFrame,  # from `by_setting`
+    within: float | None = None,  # how much macro-F1 a cheaper setting may lack; default: the standard error of the best
+) -> pd.DataFrame:  # its row of the table, for each data set
+    "The setting with the fewest FLOPs of those about as good as the best (Breiman et al. 1984); of equals the first."
+    best = table.loc[table.groupby("dataset")["f1"].idxmax()].set_index("dataset")
+    least = best["f1"] - (best["error"] if within is None else within)
+    good = table[table["f1"] >= table["dataset"].map(least)]
+    return good.sort_values("flops", kind="stable").drop_duplicates("dataset").set_index("dataset").sort_index()

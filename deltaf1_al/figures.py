@@ -303,9 +303,9 @@ def timing_dots(
     never = last + max(1, last / 8)
     table = table.assign(at=table["switch_round"].astype(float).fillna(never))
     same = table.groupby(["row", "at"])["at"]
-    column, place, tall = same.cumcount() // 5, same.cumcount() % 5, same.transform("size").clip(upper=5)
-    heights = table["row"].map(rows.index) + (place - (tall - 1) / 2) * 0.15
-    table["at"] += (column - (same.transform("size") - 1) // 5 / 2) * last / 40
+    size, column, place = same.transform("size"), same.cumcount() // 5, same.cumcount() % 5
+    heights = table["row"].map(rows.index) + (place - (size.clip(upper=5) - 1) / 2) * 0.15
+    table["at"] += (column - (size - 1) // 5 / 2) * last / 40
     if ax is None:
         _, (ax,) = new_figure((0.3 + min(0.2 * len(rows), 0.6 + 0.08 * len(rows)),))
     for name, part in table.assign(height=heights).groupby("look", sort=False):
@@ -440,9 +440,9 @@ def heat_map(
         text = "never" if value == "switch_round" and not switched else form.format(number)
         text += f" ({switched}/{of})" if value == "switch_round" and 0 < switched < of else ""
         dark = np.isfinite(number) and number <= middle
-        behind = dict(facecolor=cells.to_rgba(number) if np.isfinite(number) else "white", edgecolor="none", pad=0.8)  # keeps hatching off the number
-        ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color="white" if dark else "black", size="small", bbox=None if switched else behind)
+        written = ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color="white" if dark else "black", size="small")
         if not switched:
+            written.set_bbox(dict(facecolor=cells.to_rgba(number) if np.isfinite(number) else "white", edgecolor="none", pad=0.8))  # keeps the hatching off it
             ax.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, hatch="//", edgecolor="0.7", linewidth=0))
     ax.set_xticks(np.arange(mean.shape[1]) + 0.5, [f"{e:g}" for e in mean.columns])
     ax.set_yticks(np.arange(mean.shape[0]) + 0.5, [f"{k:g}" for k in mean.index])

@@ -39,6 +39,12 @@ Store.take_back = _take_back_counted
 """
 
 
+def replace_once(path, old, new):
+    text = path.read_text()
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {path}"
+    path.write_text(text.replace(old, new))
+
+
 class Project:
     "A copy of the project with runs and a store of its own, whose store notes what is written into it."
 
@@ -60,9 +66,7 @@ class Project:
             f.write(text)
 
     def replace(self, path, old, new):
-        text = (self.folder / path).read_text()
-        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {path}"
-        (self.folder / path).write_text(text.replace(old, new))
+        replace_once(self.folder / path, old, new)
 
     def study(self, **changes):
         "Write the study `it`."

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from project import replace_once
 
 from deltaf1_al.config import fingerprint
 
@@ -30,7 +31,7 @@ def copied(folder: Path) -> Path:
 
 def make(folder: Path, *words: str, **environment: str) -> tuple[int, str]:
     "Exit status and output of make there, with the environment that runs the tests."
-    given = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "SOURCE_DATE_EPOCH": "1700000000", **environment}
+    given = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", **environment}
     given = {name: value for name, value in given.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     done = subprocess.run(["make", *words, f"VENV={sys.prefix}", "READY="], cwd=folder, env=given, text=True, capture_output=True, timeout=600)
     return done.returncode, done.stdout + done.stderr
@@ -40,10 +41,10 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def replace_once(path: Path, old: str, new: str):
-    text = path.read_text()
-    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {path}"
-    path.write_text(text.replace(old, new))
+def faults(folder: Path) -> tuple[int, str]:
+    "Exit status and output of the check of the text there."
+    done = subprocess.run([sys.executable, "-m", "deltaf1_al.report"], cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, text=True, capture_output=True)
+    return done.returncode, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +111,8 @@ def test_a_changed_digit_is_seen(built, tmp_path):
     assert number(clone) != number(built)
     for name in ("results.tex", "readme.md", "curves.pdf", "costs.pdf", "heat.pdf"):
         assert sha256(clone / "paper/build" / name) != sha256(built / "paper/build" / name), name
-    done = subprocess.run([sys.executable, "-m", "deltaf1_al.report"], cwd=clone, env={**os.environ, "PYTHONPATH": str(clone)}, text=True, capture_output=True)
-    assert done.returncode and "README.md: lacks the table paper/build/readme.md" in done.stderr
+    status, said = faults(clone)
+    assert status and "README.md: lacks the table paper/build/readme.md" in said
 
 
 def test_a_changed_key_or_a_missing_record_is_named(built, tmp_path):
@@ -128,15 +129,11 @@ def test_a_changed_key_or_a_missing_record_is_named(built, tmp_path):
 
 
 def test_the_text_is_held_to_the_records(built, tmp_path):
-    def faults():
-        done = subprocess.run([sys.executable, "-m", "deltaf1_al.report"], cwd=clone, env={**os.environ, "PYTHONPATH": str(clone)}, text=True, capture_output=True)
-        return done.returncode, done.stderr
-
     clone = tmp_path / "clone"
     shutil.copytree(built, clone)
-    assert faults() == (0, "")
+    assert faults(clone) == (0, "")
     replace_once(clone / "paper/main.tex", r"\section{What we conclude}", r"\section{What we conclude} It saves 42 percent, \hybridSavesAG.")
-    status, said = faults()
+    status, said = faults(clone)
     assert status and "the text holds the number 42" in said and r"\hybridSavesAG is no number" in said
 
 
