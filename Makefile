@@ -20,13 +20,14 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 STRATEGIES := retrain fine-tune new-only hybrid
 DEMO := $(STRATEGIES:%=runs/demo/%/summary.json)
 
-.PHONY: help setup demo plan experiments experiments-status results figures paper trace test lib check lab clean store-check store-gc own-environment
+.PHONY: help setup demo plan experiments experiments-status results figures paper trace test lib check accept lab clean store-check store-gc own-environment
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "make setup PYTHON=python3.12   chooses the Python of .venv"
 	@echo "make experiments STUDY=smoke   names a study of nbs/grid/grid.yml; PROFILE=slurm runs it on a cluster, JOBS=1 one run at a time"
+	@echo "make accept VERSION=2          accepts a change of results that is meant, as the next version; AGAIN=1 makes the last comparison again"
 	@echo "make store-gc YES=1            removes without asking; DELTAF1_AL_STORE names another store than store/"
 	@echo "make test VENV=/path/to/env    uses an environment of yours instead, as it is"
 
@@ -85,10 +86,9 @@ figures: $(PAPER)/provenance.json ## figures, tables and numbers of the paper, f
 
 # A folder's time changes when a record comes or goes, a file's when it is edited. No run is ever started from here,
 # and no PDF of other records stays.
-$(PAPER)/provenance.json: nbs/paper_figures.ipynb nbs/grid/grid.yml $(wildcard deltaf1_al/*.py) $(shell find paper/results) | $(READY)
+$(PAPER)/provenance.json: nbs/paper_figures.ipynb paper/version.tex nbs/grid/grid.yml $(wildcard deltaf1_al/*.py) $(shell find paper/results) | $(READY)
 	@rm -rf $(PAPER) paper/main.pdf; mkdir -p $(PAPER)
-	@$(BIN)/papermill nbs/paper_figures.ipynb $(PAPER)/paper_figures.ipynb -k python3 --no-progress-bar > $(PAPER)/papermill.log 2>&1 \
-	|| { grep -E '^[A-Za-z_.]*(Error|Exception)' $(PAPER)/papermill.log | tail -n 1; echo "Not made: figures and tables. The whole log: $(PAPER)/papermill.log"; exit 1; }
+	@$(BIN)/python -m deltaf1_al.report figures
 	@echo "Figures, tables and numbers: $(PAPER)"
 
 paper: figures ## build paper/main.pdf from the committed records, offline; installs nothing
@@ -101,26 +101,29 @@ paper: figures ## build paper/main.pdf from the committed records, offline; inst
 	@echo "paper/main.pdf"
 
 trace: figures ## the runs, parameters, keys and commits behind NUMBER=\hybridCostAG, or behind a figure or table
-	@$(BIN)/python -m deltaf1_al.report '$(NUMBER)'
+	@$(BIN)/python -m deltaf1_al.report trace '$(NUMBER)'
 
 test: | $(READY) ## run the tests: every notebook, then the whole program from outside
 	@$(BIN)/pytest -q tests
 
 lib: | $(READY) ## write deltaf1_al/ from the notebooks, then clean the notebooks
 	$(BIN)/nbdev_export
+	$(BIN)/python -c 'import sys; from deltaf1_al.config import write_parameters; write_parameters(*sys.argv[1:])' nbs/*.ipynb
 	$(BIN)/nbdev_clean
+
+accept: | $(READY) ## run the golden set under the code accepted last and under today's; equal, the records stay
+	@$(BIN)/python -c 'import sys; from deltaf1_al.accept import command; command(*sys.argv[1:])' '$(VERSION)' '$(AGAIN)'
 
 check: | $(READY) ## before a commit: notebooks clean, modules in step with them, nothing untracked, records current
 	@old=$$(mktemp -d); trap 'rm -rf "$$old"' EXIT; cp -R nbs deltaf1_al "$$old"; bad=0; \
 	fail() { bad=1; echo "make check: $$1"; }; \
-	$(BIN)/nbdev_clean; \
+	$(MAKE) --no-print-directory -s lib; \
 	diff -rq "$$old/nbs" nbs || fail "the notebooks above were not clean; they are now, commit them."; \
-	$(BIN)/nbdev_export; \
 	diff -rq "$$old/deltaf1_al" deltaf1_al || fail "the modules above were not what the notebooks say; they are now, commit them."; \
 	new=$$(git ls-files --others --exclude-standard); \
 	[ -z "$$new" ] || { echo "$$new"; fail "the files above are untracked; add them, or name them in .gitignore."; }; \
-	if ! $(BIN)/python -c 'import sys; from deltaf1_al.grid import check_results; sys.exit("\n".join(check_results()) or 0)'; then fail "the records above cannot stay."; \
-	elif $(MAKE) --no-print-directory -s figures; then $(BIN)/python -m deltaf1_al.report || fail "the text above cannot stay."; \
+	if ! $(BIN)/python -c 'import sys; from deltaf1_al.results import check_results; sys.exit("\n".join(check_results()) or 0)'; then fail "the records above cannot stay."; \
+	elif $(BIN)/python -c 'from deltaf1_al.results import editions; print(*editions(), sep="\n", end="")'; $(MAKE) --no-print-directory -s figures; then $(BIN)/python -m deltaf1_al.report check || fail "the text above cannot stay."; \
 	else fail "the paper's figures and numbers cannot be made."; fi; \
 	[ $$bad = 0 ] && echo "make check: notebooks clean, modules in step, nothing untracked, records current, the paper's numbers those of the records."
 

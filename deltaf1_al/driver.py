@@ -26,8 +26,10 @@ import yaml
 
 from .config import UserError, listed, project_root, write_atomic
 from .encoder import granted_cores
-from .grid import Run, Study, kin, legend, n_rounds, picture, plan_text, promote, read_study, reason, state, strategy_in
+from .grid import Run, Study, kin, legend, n_rounds, picture, plan_text, read_study, reason, state, strategy_in
 from .job import LOCK, LOG, SUMMARY, gpus, hold, holder
+from .program import code_of
+from .results import promote
 from .store import store_path
 
 # %% ../nbs/12c_driver.ipynb #62200006
@@ -133,7 +135,7 @@ def tasks(
     todo: list[Run],
     alone: bool = False,  # nobody waits for others
 ) -> dict:
-    "The content of plan.json for these runs: where, with what parameters and key, at what level of priority, and after which others."
+    "The content of plan.json for these runs: where, with what parameters, by what code, at what level of priority, and after which others."
     steady = sorted((run for run in todo if not strategy_in(run.config).switches), key=lambda run: run.config.n_rounds)
     plain = {(kin(run.config), strategy_in(run.config).before.name): run for run in steady}  # the longest of its kin
     seeds, found = sorted({run.config.seed for run in todo}), {}
@@ -145,7 +147,7 @@ def tasks(
         if holder(run.folder / LOCK) is not None:  # what a dead driver has started takes its place, so that not more runs at once than should
             level = -1
         found[str(run.folder.relative_to(study.folder))] = {
-            "parameters": given, "key": run.key, "level": level, "after": [str(first.folder.relative_to(study.folder))] if first else [],
+            "parameters": given, "run": f"{run.config.hash},{code_of()}", "level": level, "after": [str(first.folder.relative_to(study.folder))] if first else [],
         }  # fmt: skip
     return {"root": str(project_root()), "folder": str(study.folder.absolute()), "python": sys.executable, "job": asdict(study.job), "runs": found}
 

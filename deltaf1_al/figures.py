@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 from sklearn.isotonic import isotonic_regression
 
-from .analysis import COMPARISON, PHASES, arm_order, arms, check_column, cut_to_common, switch_rounds, switches
-from .config import UserError, choose, listed, write_atomic
+from .analysis import COMPARISON, arm_order, arms, check_column, cut_to_common, switch_rounds, switches
+from .config import PHASES, UserError, choose, listed, write_atomic
 from .strategy import strategy_of
 from .trigger import DeltaF1, RelativeDeltaF1
 

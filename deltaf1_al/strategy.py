@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import numpy as np
 
-from .config import UserError, check, construct, listed, register
+from .config import Share, UserError, check, construct, listed, register
 from .trigger import TRIGGERS, DeltaF1, SwitchBack, Trigger
 
 # %% ../nbs/09_strategy.ipynb #58d6afc2
@@ -85,8 +86,8 @@ def named(
 # %% ../nbs/09_strategy.ipynb #5f000109
 @register(PLANS, "shrink-perturb")
 def shrink_perturb(
-    shrink: float = 0.8,  # how much of the last weights is kept
-    perturb: float = 0.2,  # how much of the first weights is added
+    shrink: Share = 0.8,  # how much of the last weights is kept
+    perturb: Share = 0.2,  # how much of the first weights is added
 ) -> Plan:
     "From between the last weights and the first, on every label (Ash & Adams 2020); `UserError` for nothing of either."
     if not shrink and not perturb:
@@ -96,7 +97,7 @@ def shrink_perturb(
 
 @register(PLANS, "replay")
 def replay(
-    ratio: float = 1.0,  # old labels for each new one
+    ratio: Annotated[float, (0, 1000)] = 1.0,  # old labels for each new one
 ) -> Plan:
     "From the last weights, on the new labels and as many old ones (experience replay; Das et al. 2023)."
     return Plan(named("replay", ratio, default=(1.0,)), 1.0, 0.0, partial(replayed, ratio=ratio))

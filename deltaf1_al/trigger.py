@@ -11,11 +11,11 @@ __all__ = ['COMPARED', 'TRIGGERS', 'Observation', 'observations', 'Trigger', 'fi
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
-from .config import UserError, choose, project_root, register
+from .config import Rounds, Share, UserError, choose, project_root, register
 
 # %% ../nbs/08_trigger.ipynb #5f0000e2
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def first_fire(
 class DeltaF1(Trigger):
     "Settled: ΔF1 < ε. A fall is below ε as well."
 
-    epsilon: float  # in macro-F1, 0 to 1
-    k: int = field()  # rounds in a row
+    epsilon: Share  # in macro-F1
+    k: Rounds = field()  # rounds in a row
     labels: ClassVar[bool] = True
 
     def settled(self, seen: Observation) -> bool:
@@ -131,8 +131,8 @@ class RelativeDeltaF1(DeltaF1):
 class Kappa(Trigger):
     "Settled: the mean κ of the last `window` rounds is at or above the threshold (Bloodgood & Vijay-Shanker 2009, section 3)."
 
-    threshold: float = 0.99  # 0 to 1
-    window: int = 3  # rounds; fewer with large batches of labels (Beatty et al. 2018)
+    threshold: Share = 0.99
+    window: Rounds = 3  # rounds; fewer with large batches of labels (Beatty et al. 2018)
     stop_set: ClassVar[bool] = True
     recent: list[float] = field(default_factory=list, init=False)  # κ of the last rounds
 
@@ -146,8 +146,8 @@ class Kappa(Trigger):
 class PredictedDeltaF1(Trigger):
     "Settled: the predicted change of macro-F1 is below ε (Altschuler & Bloodgood 2019, mean over labels)."
 
-    epsilon: float  # in macro-F1, 0 to 1
-    k: int = field()  # rounds in a row; 3 there
+    epsilon: Share  # in macro-F1
+    k: Rounds = field()  # rounds in a row; 3 there
     stop_set: ClassVar[bool] = True
 
     def settled(self, seen: Observation) -> bool:
@@ -159,8 +159,8 @@ class PredictedDeltaF1(Trigger):
 class ClassificationChange(Trigger):
     "Settled: at most this share of the stop set is decided otherwise than a round before (Zhu et al. 2008)."
 
-    threshold: float  # a share; 0 there
-    k: int = field()  # rounds in a row
+    threshold: Share  # 0 there
+    k: Rounds = field()  # rounds in a row
     stop_set: ClassVar[bool] = True
 
     def settled(self, seen: Observation) -> bool:
@@ -172,7 +172,7 @@ class ClassificationChange(Trigger):
 class FixedRound(Trigger):
     "Settled once the next round is `switch_round`."
 
-    switch_round: int  # the first round after the switch, 1 or later
+    switch_round: Annotated[int, (1, 10**4)]  # the first round after the switch, 1 or later
 
     def settled(self, seen: Observation) -> bool:
         return seen.round + 1 >= self.switch_round
@@ -206,7 +206,7 @@ class SwitchBack:
     "Another trigger, unfired for the round after each fall of more than δ that comes after its switch."
 
     trigger: Trigger
-    delta: float  # in macro-F1, 0 to 1
+    delta: Share  # in macro-F1
     fired: bool = field(default=False, init=False)
     labels: ClassVar[bool] = True
 

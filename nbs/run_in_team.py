@@ -33,7 +33,7 @@ def run(config: RunConfig, team: Team):
     corpus = load_corpus(config)
     if team.rank:
         return ActiveLearner(config, corpus, team=team).help_out()
-    folder, store = RunFolder(config, program="nbs/run_in_team.py"), open_store(config)
+    folder, store = RunFolder(config), open_store(config)
     learner = ActiveLearner(config, corpus, store, say=print, team=team)
     print(progress_header())
 

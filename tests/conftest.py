@@ -72,6 +72,17 @@ def project(tmp_path, tiny_encoder):
         process.kill()
 
 
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    "A copy whose figures, tables and numbers are made; the tests change nothing in it."
+    from project import copied, make
+
+    folder = copied(tmp_path_factory.mktemp("paper") / "clone")
+    status, said = make(folder, "figures")
+    assert not status, said
+    return folder
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     "A file system of 20 MB."

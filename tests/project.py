@@ -1,4 +1,5 @@
 """A copy of the project in which grids run, and what their tests ask of it."""
+import hashlib
 import json
 import os
 import shutil
@@ -39,6 +40,50 @@ Store.take_back = _take_back_counted
 """
 
 
+def copied(folder: Path) -> Path:
+    "What a clone would hold, there."
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+    if listed.returncode:  # not a git checkout
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", "build", "runs", "store", "logs"))
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def make(folder: Path, *words: str, **environment: str) -> tuple[int, str]:
+    "Exit status and output of make there, with the environment that runs the tests."
+    given = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", **environment}
+    given = {name: value for name, value in given.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(["make", *words, f"VENV={sys.prefix}", "READY="], cwd=folder, env=given, text=True, capture_output=True, timeout=600)
+    return done.returncode, done.stdout + done.stderr
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+ACCEPT = """
+import json
+from deltaf1_al.config import project_root
+from deltaf1_al.program import ACCEPTED, Acceptance, acceptances, code_of
+last, stale = acceptances()[-1], {stale!r}
+line = Acceptance(last.version + bool(stale), code_of(), last.code, last.commit, stale, "of a test", "of a test")
+with open(project_root() / ACCEPTED, "a") as f: f.write(json.dumps(vars(Acceptance(**vars(line) | dict(hash=line.chained(last.hash))))) + chr(10))
+"""
+
+
+def resealed(record, rounds=None, **changes):
+    "A committed record with other rounds, and other fields in its summary, sealed again."
+    from deltaf1_al.results import sealed
+
+    if rounds is not None:
+        (record / "rounds.jsonl").write_text(rounds)
+    summary = json.loads((record / "summary.json").read_text()) | changes
+    (record / "summary.json").write_text(json.dumps(sealed(summary, (record / "rounds.jsonl").read_text()), indent=1) + "\n")
+
+
 def replace_once(path, old, new):
     text = path.read_text()
     assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {path}"
@@ -67,6 +112,10 @@ class Project:
 
     def replace(self, path, old, new):
         replace_once(self.folder / path, old, new)
+
+    def accept(self, *stale):
+        "Enter the copy's code among the accepted ones, as the same program or as the next version, in which these parts are stale."
+        self.python(ACCEPT.format(stale=stale))
 
     def study(self, **changes):
         "Write the study `it`."

@@ -1,5 +1,4 @@
 "The paper from outside: `make paper` in copies of the project, and what it says when something is wrong."
-import hashlib
 import json
 import os
 import re
@@ -10,40 +9,14 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from project import replace_once
-
-from deltaf1_al.config import fingerprint
+from project import copied, make, replace_once, resealed, sha256
 
 HYBRID = "paper/results/cpu/ag_news/margin/hybrid"
 
 
-def copied(folder: Path) -> Path:
-    "What a clone would hold, there."
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
-    names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
-    if listed.returncode:  # not a git checkout
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", "build", "runs", "store", "logs"))
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-def make(folder: Path, *words: str, **environment: str) -> tuple[int, str]:
-    "Exit status and output of make there, with the environment that runs the tests."
-    given = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", **environment}
-    given = {name: value for name, value in given.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    done = subprocess.run(["make", *words, f"VENV={sys.prefix}", "READY="], cwd=folder, env=given, text=True, capture_output=True, timeout=600)
-    return done.returncode, done.stdout + done.stderr
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def faults(folder: Path) -> tuple[int, str]:
     "Exit status and output of the check of the text there."
-    done = subprocess.run([sys.executable, "-m", "deltaf1_al.report"], cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, text=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "deltaf1_al.report", "check"], cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, text=True, capture_output=True)
     return done.returncode, done.stderr
 
 
@@ -51,15 +24,6 @@ def faults(folder: Path) -> tuple[int, str]:
 def tex():
     if not shutil.which("latexmk") or not shutil.which("pdftotext"):
         pytest.skip("needs latexmk and pdftotext: apt-get install latexmk texlive-latex-recommended texlive-fonts-recommended poppler-utils")
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    "A copy whose figures, tables and numbers are made; the tests change nothing in it."
-    folder = copied(tmp_path_factory.mktemp("paper") / "clone")
-    status, said = make(folder, "figures")
-    assert not status, said
-    return folder
 
 
 def test_the_same_pdf_twice_and_elsewhere(built, tmp_path, tex):
@@ -95,16 +59,13 @@ def test_a_changed_digit_is_seen(built, tmp_path):
     changed = float(str(f1).replace("0.8", "0.7", 1))
     (record / "rounds.jsonl").write_text("".join(lines[:-1]) + lines[-1].replace(f'"test_macro_f1": {f1}', f'"test_macro_f1": {changed}'))
     status, said = make(clone, "figures")  # it contradicts its own hash
-    assert status and f"{record.relative_to(clone)}: the parameters or the rounds are not those it was written with" in said, said
+    assert status and f"{record.relative_to(clone)}: its summary is not that of its rounds" in said, said
+    resealed(record, test_macro_f1=changed)
     about = json.loads((record / "summary.json").read_text())
-    about |= {"test_macro_f1": changed, "rounds_hash": fingerprint((record / "rounds.jsonl").read_text())}
-    (record / "summary.json").write_text(json.dumps(about, indent=1) + "\n")
     [tail] = [path.parent for path in clone.glob("paper/results/switching/ag_news/margin/*/seed-0-*/summary.json") if f"fixed_round_{about['switch_round']}/" in str(path)]
     status, said = make(clone, "figures")  # the same run, said by the study of every switch round, ended otherwise
     assert status and "AssertionError" in said, said
-    rounds = (tail / "rounds.jsonl").read_text().replace(f'"test_macro_f1": {f1}', f'"test_macro_f1": {changed}')
-    (tail / "rounds.jsonl").write_text(rounds)
-    (tail / "summary.json").write_text(json.dumps(json.loads((tail / "summary.json").read_text()) | {"test_macro_f1": changed, "rounds_hash": fingerprint(rounds)}, indent=1) + "\n")
+    resealed(tail, (tail / "rounds.jsonl").read_text().replace(f'"test_macro_f1": {f1}', f'"test_macro_f1": {changed}'), test_macro_f1=changed)
     status, said = make(clone, "figures")
     assert not status, said
     number = lambda folder: re.search(r"\\hybridDiffAG}{(.*)}", (folder / "paper/build/numbers.tex").read_text())[1]  # noqa: E731
@@ -115,14 +76,13 @@ def test_a_changed_digit_is_seen(built, tmp_path):
     assert status and "README.md: lacks the table paper/build/readme.md" in said
 
 
-def test_a_changed_key_or_a_missing_record_is_named(built, tmp_path):
+def test_other_code_or_a_missing_record_is_named(built, tmp_path):
     clone = tmp_path / "clone"
     shutil.copytree(built, clone)
     [record] = clone.glob(f"{HYBRID}/seed-1-*")
-    about = json.loads((record / "summary.json").read_text())
-    (record / "summary.json").write_text(json.dumps(about | {"key": "0" * 16}, indent=1) + "\n")
+    resealed(record, code="0" * 16)
     status, said = make(clone, "paper")
-    assert status and f"{record.relative_to(clone)}: was made by other code or parameters" in said, said
+    assert status and f"{record.relative_to(clone)}: was made by the code 0000000000000000, which nobody accepted" in said, said
     shutil.rmtree(record)
     status, said = make(clone, "paper")
     assert status and f"{record.relative_to(clone)}: is missing" in said and not (clone / "paper/main.pdf").exists(), said
@@ -142,8 +102,8 @@ def test_a_number_leads_to_its_runs(built):
     assert not status, said
     assert "hybridCostAG: 0." in said and "made by: nbs/paper_figures.ipynb" in said and "of 6 records" in said
     for folder in built.glob(f"{HYBRID}/seed-*"):
-        key = json.loads((folder / "summary.json").read_text())["key"]
-        assert re.search(rf"{folder.relative_to(built)} .*{key}|{folder.relative_to(built)}\s+{key}", said)
+        about = json.loads((folder / "summary.json").read_text())
+        assert str(folder.relative_to(built)) in said and f"code {about['code']}, made at {about['commit'][:12]}" in said, said
     status, said = make(built, "trace", "NUMBER=hybridPrice")
     assert status and "NUMBER is 'hybridPrice'; allowed are" in said
 
