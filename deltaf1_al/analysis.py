@@ -7,8 +7,8 @@ __all__ = ['ROUND_FIELDS', 'COSTS', 'COMPARISON', 'RUN_COLUMNS', 'SCORES', 'read
            'read_run', 'load_runs', 'switches', 'arms', 'arm_order', 'check_column', 'first_to_reach',
            'labels_to_reach', 'cost_to_reach', 'area', 'learning_curve_area', 'switch_rounds', 'common_labels',
            'cut_to_common', 'vs_retrain', 'same_settings', 'summarise', 'compare', 'mean_sd', 'format_row',
-           'format_comparison', 'computed_once', 'switch_table', 'switch_outcomes', 'oracle_of', 'rule_outcomes',
-           'by_setting', 'cheapest']
+           'format_comparison', 'pareto', 'format_pareto', 'computed_once', 'switch_table', 'switch_outcomes',
+           'oracle_of', 'rule_outcomes', 'by_setting', 'cheapest']
 
 # %% ../nbs/12_analysis.ipynb #1143f186
 import itertools
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 from .config import PHASES, UserError, construct, listed, neutral, parameters
 from .program import EVERYTHING, acceptances, versions
@@ -376,6 +377,34 @@ def format_comparison(
         blocks.append(title + "\n" + pd.DataFrame(rows, index=list(group.index.get_level_values("arm"))).to_string())
     note = "FLOPs: relative to retrain, paired by seed, up to the same labels. switch: first round after the trigger fired.\ncharged: labels, and those of validation where decisions depend on them."
     return "\n\n".join(blocks + [note])
+
+# %% ../nbs/12_analysis.ipynb #12af0002
+def pareto(
+    table: pd.DataFrame,  # from `compare`
+    level: float = 0.95,  # of the interval
+) -> pd.DataFrame:  # one row an arm, the cheapest first; indexed as `table`
+    "Mean area under the learning curve, its *t* interval over seeds (NaN for one), all FLOPs, and the arm that is cheaper and better (`dominated_by`; '' on the front)."
+    half = table.get("area_sd", np.nan) / np.sqrt(table["seeds"]) * stdtrit(table["seeds"] - 1, 0.5 + level / 2)
+    result = pd.DataFrame({"area": table["area"], "low": table["area"] - half, "high": table["area"] + half, "total_flops": table["total_flops"]})
+    result = result.sort_values("total_flops", kind="stable").sort_index(level=COMPARISON, sort_remaining=False, kind="stable").assign(dominated_by="")
+    for key, arms in result.groupby(COMPARISON):
+        for arm, row in arms.iterrows():
+            others = arms[(arms["area"] >= row["area"]) & (arms["total_flops"] <= row["total_flops"])]
+            better = others[(others["area"] > row["area"]) | (others["total_flops"] < row["total_flops"])]
+            result.loc[arm, "dominated_by"] = better["area"].idxmax()[-1] if len(better) else ""
+    return result
+
+
+def format_pareto(
+    table: pd.DataFrame,  # from `pareto`
+) -> str:
+    "A line for each data set, encoder and query: who is on the front, and who is dominated by whom."
+    lines = []
+    for key, arms in table.groupby(COMPARISON):
+        names = arms.reset_index("arm")
+        lost = [f"{row.arm} (by {row.dominated_by})" for row in names.itertuples() if row.dominated_by]
+        lines.append(f"{listed(key)}, area against all FLOPs: on the Pareto front {listed(names['arm'][names['dominated_by'] == ''])}; dominated {listed(lost) or 'none'}.")
+    return "\n".join(lines)
 
 # %% ../nbs/12_analysis.ipynb #5c92f906
 def computed_once(

@@ -8,7 +8,7 @@ __all__ = ['COMMON', 'STYLES', 'LOOKS', 'SPARE', 'VARIANTS', 'TITLES', 'SHADES',
            'mean_curve', 'learning_curves', 'switch_points', 'heeded_epsilons', 'mark_epsilon', 'mark_switches',
            'delta_f1_trend', 'row_names', 'timing_dots', 'switch_timing', 'trigger_timing', 'phase_costs',
            'cost_by_phase', 'run_figure', 'heat_map', 'heat_maps', 'panels', 'arm_legend', 'cost_against_f1',
-           'speed_bars', 'save_figure']
+           'pareto_front', 'speed_bars', 'save_figure']
 
 # %% ../nbs/13_figures.ipynb #a914eb9e
 import io
@@ -509,6 +509,27 @@ def cost_against_f1(
         ax.errorbar([row.cost], [row.difference], yerr=whisker, linestyle="", elinewidth=0.8, capsize=2, zorder=3, **mark[row.arm])
     ax.set(xlabel="cost, retrain = 1", ylabel="macro-F1 − retrain's", xlim=(0, 1.08 * max(1, table["cost"].max())))
     return ax.figure
+
+# %% ../nbs/13_figures.ipynb #13fa0002
+def pareto_front(
+    table: pd.DataFrame,  # from `pareto`
+) -> plt.Figure:
+    "Area under the learning curve against all FLOPs, a panel for each data set, encoder and query; the front joined, dominated arms hollow."
+    groups = list(table.groupby(COMPARISON))
+    fig, axes = panels([""], [listed(key) for key, _ in groups])
+    for ax, (_, arms) in zip(axes[0], groups):
+        divisor, unit = unit_of("total_flops", arms["total_flops"].max())
+        arms = arms.reset_index("arm").assign(x=lambda a: a["total_flops"] / divisor)
+        front, looks = arms[arms["dominated_by"] == ""], looks_of(list(arms["arm"]))
+        ax.plot(front["x"], front["area"], color="0.6", linewidth=1, zorder=1)
+        for row in arms.itertuples():
+            look = {key: looks[row.arm][key] for key in ("color", "marker", "markersize") if key in looks[row.arm]}
+            whisker = None if np.isnan(row.low) else [[row.area - row.low], [row.high - row.area]]
+            ax.errorbar([row.x], [row.area], yerr=whisker, linestyle="", elinewidth=0.8, capsize=2, zorder=3, **look, markerfacecolor="white" if row.dominated_by else look["color"])
+        ax.set(xlabel=f"all cost ({unit})", xlim=(0, 1.08 * arms["x"].max()))
+        label_ends(ax, {row.arm: (row.x, row.area) for row in arms.itertuples()}, {row.arm: {"color": looks[row.arm]["color"]} for row in arms.itertuples()})
+    axes[0, 0].set_ylabel("area under the curve")
+    return fig
 
 # %% ../nbs/13_figures.ipynb #sp000002
 def speed_bars(
