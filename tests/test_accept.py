@@ -76,17 +76,16 @@ def move_function(package: Path):
 
 
 def split_module(package: Path):
-    "The clock and the work done out of training."
+    "The clock and the counted work out of training."
     text = (package / "training.py").read_text()
-    start, end = text.index("@dataclass\nclass Work"), text.index("def stop_reason(")
-    start = text.rindex("\n", 0, start) + 1
-    (package / "ledger.py").write_text(text[: text.index("from .config import")] + "\n\n" + text[start:end])
-    (package / "training.py").write_text(text[:start] + "from .ledger import Clock, Progress, Work\n\n\n" + text[end:])
+    imports, rest = text[: text.index("@dataclass\nclass Work")], text[text.index("@dataclass\nclass Work") :]
+    (package / "ledger.py").write_text(imports + rest[: rest.index("def stop_reason(")])
+    (package / "training.py").write_text(imports + "from .ledger import Clock, Progress, Work\n\n\n" + rest[rest.index("def stop_reason(") :])
 
 
 HARMLESS = {
     "a local variable of macro_f1": lambda p: rewrite(p / "metrics.py", lambda t: t.replace("hits, halves = _contributions(truth, decided, n_labels).sum(1)\n    return float(_mean_f1(hits, halves))", "found, halves = _contributions(truth, decided, n_labels).sum(1)\n    return float(_mean_f1(found, halves))")),
-    "a local variable of top": lambda p: rewrite(p / "query.py", lambda t: t.replace(t[t.index("def top(") : t.index("def lots(")], re.sub(r"\border\b", "ranking", t[t.index("def top(") : t.index("def lots(")]))),
+    "a local variable of top": lambda p: rewrite(p / "query.py", lambda t: t.replace(t[t.index("def top(") : t.index("def lots(")], re.sub(r"\bkeep\b", "kept", t[t.index("def top(") : t.index("def lots(")]))),
     "an annotation": lambda p: replace_once(p / "tokens.py", "def _stand_in(tokenizer)", "def _stand_in(tokenizer: object)"),
     "an import path": lambda p: replace_once(p / "training.py", "from .scoring import", "from deltaf1_al.scoring import") if "from .scoring import" in (p / "training.py").read_text() else replace_once(p / "training.py", "from .tokens import", "from deltaf1_al.tokens import"),
     "a function that nobody calls": lambda p: rewrite(p / "metrics.py", lambda t: t + "\n\ndef nothing():\n    return None\n"),
@@ -121,7 +120,7 @@ def test_harmless_changes_refuse_no_record(clone, built, long):
         change(clone / "deltaf1_al")
         assert git(clone, "diff") != state, "the change has found nothing to change"
         codes.append(python(clone, code))
-    assert len(set(codes)) == len(HARMLESS), "every change but that of the display cell is another code"
+    assert len(set(codes)) == 1 + len(HARMLESS) - 2, "but for a display cell and for layout, every change is another code"
     refused = python(clone, CHECK).splitlines()
     assert len(refused) == 1 and "is no accepted version of the program; `make accept` decides" in refused[0], refused
     status, said = make(clone, "accept")
@@ -194,7 +193,7 @@ def test_a_paper_of_an_earlier_version(clone, built, long):
     "A rule is changed on purpose: the paper is still the same bytes, and says its version; a new record among its old ones is refused."
     replace_once(clone / "deltaf1_al/trigger.py", "self.streak >= self.k", "self.streak > self.k")
     status, said = make(clone, "accept", "VERSION=3")
-    assert status and re.search(r"hybrid, round \\d, \\w+: .* before, now ", said) and "make accept VERSION=2" in said, said
+    assert status and re.search(r"hybrid, round \d, \w+: .* before, now ", said) and "make accept VERSION=2" in said, said
     assert "Committed records that use it: 40 of tuning, 108 of cpu, 90 of switching, 18 of floor, 1 of hybridal." in said, said
     status, said = make(clone, "accept", "VERSION=2")
     assert status == 0 and "Accepted as version 2" in said, said
