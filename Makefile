@@ -86,7 +86,7 @@ figures: $(PAPER)/provenance.json ## figures, tables and numbers of the paper, f
 
 # A folder's time changes when a record comes or goes, a file's when it is edited. No run is ever started from here,
 # and no PDF of other records stays.
-$(PAPER)/provenance.json: nbs/paper_figures.ipynb paper/version.tex nbs/grid/grid.yml $(wildcard deltaf1_al/*.py) $(shell find paper/results) | $(READY)
+$(PAPER)/provenance.json: nbs/paper_figures.ipynb $(wildcard paper/version.tex) nbs/grid/grid.yml $(wildcard deltaf1_al/*.py) $(shell find paper/results) | $(READY)
 	@rm -rf $(PAPER) paper/main.pdf; mkdir -p $(PAPER)
 	@$(BIN)/python -m deltaf1_al.report figures
 	@echo "Figures, tables and numbers: $(PAPER)"
@@ -125,7 +125,7 @@ check: | $(READY) ## before a commit: notebooks clean, modules in step with them
 	if ! $(BIN)/python -c 'import sys; from deltaf1_al.results import check_results; sys.exit("\n".join(check_results()) or 0)'; then fail "the records above cannot stay."; \
 	elif $(BIN)/python -c 'from deltaf1_al.results import editions; print(*editions(), sep="\n", end="")'; $(MAKE) --no-print-directory -s figures; then $(BIN)/python -m deltaf1_al.report check || fail "the text above cannot stay."; \
 	else fail "the paper's figures and numbers cannot be made."; fi; \
-	[ $$bad = 0 ] && echo "make check: notebooks clean, modules in step, nothing untracked, records current, the paper's numbers those of the records."
+	[ $$bad = 0 ] && echo "make check: notebooks clean, modules in step, nothing untracked, records sound, the paper's numbers those of the records."
 
 store-check: | $(READY) ## verify every finished round in the store
 	@$(BIN)/python -c 'from deltaf1_al.store import check_store; check_store()'

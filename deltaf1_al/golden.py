@@ -22,7 +22,7 @@ import torch
 import transformers
 import yaml
 
-from .config import resolve
+from .config import neutral, resolve
 from .corpus import BENCHMARKS, load_corpus
 from .encoder import write_random_encoder
 from .loop import ActiveLearner, run_summary, simulate
@@ -108,7 +108,7 @@ def _run(given: dict, folder: Path) -> dict:
     except Exception as e:
         return {"error": f"{type(e).__name__}: {e}"}
     return {
-        "config": asdict(config), "identity": getattr(config, "identity", None), "uses": summary.get("uses"),
+        "config": asdict(config), "uses": summary["uses"],
         "rounds": [{name: value for name, value in record.items() if name not in UNLIKE} for record in rounds],
         "summary": {name: summary[name] for name in SUMMARY},
     }  # fmt: skip
@@ -136,9 +136,9 @@ def main(
     folder: str,  # with the inputs and `set.json`
     out: str,  # the file to write
 ):
-    "Make the runs of `set.json`; write the code that made them, and what came out."
+    "Make the runs of `set.json`; write the code that made them, its neutral values, and what came out."
     runs = json.loads((Path(folder) / "set.json").read_text())
-    Path(out).write_text(json.dumps({"code": code_of(), "runs": run_set(runs, Path(folder))}))
+    Path(out).write_text(json.dumps({"code": code_of(), "neutral": neutral(), "runs": run_set(runs, Path(folder))}))
 
 
 if __name__ == "__main__" and sys.argv[0].endswith("golden.py"):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LATEX', 'BUILD', 'PAPER', 'SILENT', 'FIGURES', 'VERSION', 'paired', 'one_sample', 'holm', 'latex', 'written',
-           'tabular', 'Report', 'code_cells', 'recorded', 'check_text', 'check_paper', 'paper_version', 'draw',
+           'tabular', 'Report', 'code_cells', 'folders_by_hash', 'check_text', 'check_paper', 'paper_version', 'draw',
            'make_figures', 'trace', 'describe']
 
 # %% ../nbs/14_report.ipynb #5c5abbd9
@@ -119,7 +119,7 @@ class Report:
         folder: str | Path = "",  # where it goes; default `BUILD`
     ):
         self.notebook, self.folder = notebook, Path(folder or project_root() / BUILD)
-        self.cells, self.known = code_cells(project_root() / notebook), recorded()
+        self.cells, self.known = code_cells(project_root() / notebook), folders_by_hash()
         self.provenance = {}
 
     def number(
@@ -213,7 +213,7 @@ def code_cells(
     return found
 
 
-def recorded() -> dict[str, str]:
+def folders_by_hash() -> dict[str, str]:
     "Hash of the configuration -> folder of the committed record, relative to the project."
     place = project_root() / RESULTS
     return {read_json(path)["config_hash"]: path.parent.relative_to(project_root()).as_posix() for path in sorted(place.rglob("summary.json"))}
@@ -254,7 +254,8 @@ FIGURES, VERSION = "nbs/paper_figures.ipynb", "paper/version.tex"  # relative to
 
 def paper_version() -> int:
     "The version of the program that the paper names."
-    if not (found := re.search(r"\\newcommand\{\\programVersion\}\{(\d+)\}", (project_root() / VERSION).read_text())):
+    path = project_root() / VERSION
+    if not (found := re.search(r"\\newcommand\{\\programVersion\}\{(\d+)\}", path.read_text() if path.exists() else "")):
         raise UserError(rf"{VERSION} names no version of the program; allowed is \newcommand{{\programVersion}}{{1}}, or another number")
     return int(found[1])
 

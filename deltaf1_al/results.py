@@ -20,7 +20,7 @@ from .analysis import load_runs, read_json, read_rounds
 from .config import RunConfig, UserError, fingerprint, listed, parameters, project_root, recorded, write_atomic
 from .grid import GRID, RESULTS, ROUNDS, Run, Study, read_grid, read_study, record_of
 from .job import SUMMARY, about
-from .program import ACCEPTED, EVERYTHING, acceptances, code_of, lines_lost, made_by, version_of, versions
+from .program import ACCEPTED, EVERYTHING, acceptances, code_of, extension_code, lines_lost, made_by, version_of, versions
 
 # %% ../nbs/12d_results.ipynb #12d00006
 def sealed(
@@ -79,9 +79,11 @@ def origin_faults(
         return [f"{name}: it is not what it was written with"]
     if not valid:
         return [f"{name}: was made by the code {record['code']}, which nobody accepted; `make accept` decides whether it is a version of this program"]
-    if version_of(code_of(), lines) in valid and recorded(record["config"]).hash != record["config_hash"]:
+    if version_of(code_of(), lines) not in valid:  # what it was made of need not be there any more
+        return []
+    if recorded(record["config"]).hash != record["config_hash"]:
         return [f"{name}: its parameters have another hash now; a parameter whose default has changed needs the old one as `neutral`"]
-    return []
+    return [f"{name}: was made with another extension"] if extension_code(recorded(record["config"])) != record.get("extension_code", "") else []
 
 
 def faults(
@@ -146,10 +148,12 @@ def check_results(
     "What is wrong with committed records, a line for each fault."
     studies, root = read_grid(), project_root() / RESULTS
     try:
-        found = [] if version_of(code_of(), acceptances()) else [unaccepted()]
+        if not (lines := acceptances()):
+            return [f"{ACCEPTED} is missing; git checkout {ACCEPTED} brings it back"]
+        found = [] if version_of(code_of(), lines) else [unaccepted()]
     except UserError as e:
         return [str(e)]
-    found += [f"{ACCEPTED} lacks lines that it had; git log -p {ACCEPTED} shows which"] if not study and lines_lost() else []
+    found += [f"{ACCEPTED} lacks lines that the last commit has; git diff {ACCEPTED} shows which"] if not study and lines_lost() else []
     others = set() if study else {path.parent.relative_to(root) for path in root.rglob(SUMMARY) if about(path.parent)}
     found += [f"{RESULTS}/{place}: is of no study of {GRID}" for place in sorted(others) if place.parts[0] not in studies]
     for name in [study] if study else studies:
@@ -229,6 +233,8 @@ def promote(
 ) -> str:
     "What `make results` does: copy the records of finished runs, remove those the study no longer asks for; what it did, on one line."
     found = {run: record_of(run) for run in study.runs}
+    if old := [run.committed for run in study.runs if about(run.committed) and found[run] != run.committed]:
+        raise UserError(f"{named(old[0])} is of another version of the program{f' (and {len(old) - 1} more)' if len(old) > 1 else ''}; a study by today's program needs a name of its own in {GRID}, or first: git rm -r {RESULTS}/{study.name}")
     contents = {run.committed: result_of(run, folder) for run, folder in found.items() if folder == run.folder}
     with tempfile.TemporaryDirectory() as there:  # looked at before anything is replaced
         for i, (folder, files) in enumerate(contents.items()):

@@ -131,19 +131,20 @@ def test_harmless_changes_refuse_no_record(clone, built, long):
 
 # ---- what is named
 
-EVERYTHING, SEVERAL = ["everything"], ["several-labels"]
+EVERYTHING = ["everything"]
 CHANGES = {  # module, old, new; golden runs to make; a run and a field that have to be named; what becomes stale
-    "< to <= in ΔF1": ("trigger", "return seen.delta_f1 is not None and seen.delta_f1 < self.epsilon\n\n# %%", "return seen.delta_f1 is not None and seen.delta_f1 <= self.epsilon\n\n# %%", "still-hybrid still-kappa kappa fine-tune", "still-hybrid settled", ["delta_f1"]),
-    "k off by one": ("trigger", "self.streak >= self.k", "self.streak > self.k", "hybrid fine-tune fixed-round", "hybrid plan", EVERYTHING),
-    "dropout off": ("training", "engine(part, dropout)", "engine(part, None)", "retrain several padded", "retrain val_macro_f1", EVERYTHING),
-    "another order of ids in a tie": ("query", "np.lexsort((ids, -values))", "np.lexsort((-ids, -values))", "ties new-only fine-tune", "ties queried", ["entropy"]),
+    "< to <= in ΔF1": ("trigger", "return seen.delta_f1 is not None and seen.delta_f1 < self.epsilon\n\n# %%", "return seen.delta_f1 is not None and seen.delta_f1 <= self.epsilon\n\n# %%", "still-hybrid fine-tune", "still-hybrid settled", ["absolute_delta_f1", "delta_f1", "delta_f1_interval", "relative_delta_f1"]),
+    "replay of the oldest labels": ("strategy", "rng.permutation(old)[", "old[", "replay retrain", "replay train_loss", ["replay"]),
+    "k off by one": ("trigger", "self.streak >= self.k", "self.streak > self.k", "hybrid fine-tune", "hybrid plan", EVERYTHING),
+    "dropout off": ("training", "engine(part, dropout)", "engine(part, None)", "retrain several", "retrain val_macro_f1", EVERYTHING),
+    "another order of ids in a tie": ("query", "np.lexsort((ids, -values))", "np.lexsort((-ids, -values))", "ties fine-tune", "ties queried", EVERYTHING),
     "no warm-up": ("training", "rising = max(1, round(config.warmup * steps))", "rising = 1", "retrain several", "several train_loss", EVERYTHING),
-    "weights not loaded in fine-tune": ("encoder", "        if (previous, fresh) == (1, 0):\n            return\n", "        previous, fresh = (0, 1) if (previous, fresh) == (1, 0) else (previous, fresh)\n", "fine-tune retrain", "fine-tune train_loss", ["fine-tune"]),
-    "another bootstrap seed": ("loop", '"bootstrap", round)', '"bootstrap", round + 1)', "retrain several-hybrid", "retrain delta_f1_interval", EVERYTHING),
-    "thresholds from the test set": ("loop", "thresholds = tune_thresholds(val, truth)", "thresholds = tune_thresholds(test, corpus.labels[corpus.test])", "several retrain new-only", "several val_macro_f1", SEVERAL),
-    "a validation id in the pool": ("corpus", "pool = train[~np.isin(keys[train], keys[val])]", "pool = train[~np.isin(keys[train], keys[val[1:]])]", "retrain several", "retrain corpus", EVERYTHING),
-    "charged labels miscounted": ("loop", "(self.strategy.labels or corpus.multilabel)", "self.strategy.labels", "several retrain new-only hybrid", "several n_charged", SEVERAL),
-    "the head's FLOPs forgotten": ("engine", "block + 2 * d * d + last", "block + 2 * d * d", "retrain several padded", "several train_flops", ["packed"]),
+    "weights not loaded in fine-tune": ("encoder", "        if (previous, fresh) == (1, 0):\n            return\n", "        previous, fresh = (0, 1) if (previous, fresh) == (1, 0) else (previous, fresh)\n", "fine-tune retrain", "fine-tune train_loss", EVERYTHING),
+    "another bootstrap seed": ("loop", '"bootstrap", round)', '"bootstrap", round + 1)', "retrain", "retrain delta_f1_interval", EVERYTHING),
+    "thresholds from the test set": ("loop", "thresholds = tune_thresholds(val, truth)", "thresholds = tune_thresholds(test, corpus.labels[corpus.test])", "several retrain", "several val_macro_f1", EVERYTHING),
+    "a validation id in the pool": ("corpus", "pool = train[~np.isin(keys[train], keys[val])]", "pool = train[~np.isin(keys[train], keys[val[1:]])]", "retrain", "retrain corpus", EVERYTHING),
+    "charged labels miscounted": ("loop", "(self.strategy.labels or corpus.multilabel)", "self.strategy.labels", "several retrain", "several n_charged", EVERYTHING),
+    "the head's FLOPs forgotten": ("engine", "block + 2 * d * d + last", "block + 2 * d * d", "retrain", "retrain train_flops", EVERYTHING),
 }  # fmt: skip
 
 
@@ -170,7 +171,8 @@ def test_a_change_of_behaviour_is_named(change, golden, tmp_path, request):
     module, old, new, names, named, stale = CHANGES[change]
     (inputs, before), names = golden, names.split()
     before = {name: before[name] for name in names}
-    shutil.copytree(ROOT / "deltaf1_al", tmp_path / "deltaf1_al", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("deltaf1_al", "nbs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     replace_once(tmp_path / f"deltaf1_al/{module}.py", old, new)
     after = made(tmp_path, inputs, names)
     differ = differences(before, after)
@@ -178,7 +180,7 @@ def test_a_change_of_behaviour_is_named(change, golden, tmp_path, request):
     assert run in [d["run"] for d in differ], differ
     fields = [name for was, now in zip([*before[run]["rounds"], before[run]["summary"]], [*after[run]["rounds"], after[run]["summary"]]) for name in was if was[name] != now.get(name)]
     assert field in fields, fields
-    assert stale_parts(before, after, differ) == stale, differ
+    assert stale_parts(tmp_path, after, differ) == stale, differ
 
 
 # ---- a change that is meant
@@ -221,7 +223,7 @@ def test_a_file_of_acceptances_that_nobody_earned(clone, request):
     assert "accepted.jsonl line 1 is not as `make accept` wrote it" in python(clone, CHECK)
     path.write_text("".join(text.splitlines(keepends=True)[:-1]))
     shorter = python(clone, CHECK)
-    assert "is no accepted version of the program" in shorter and "lacks lines that it had" in shorter, shorter
+    assert "is no accepted version of the program" in shorter and "lacks lines that the last commit has" in shorter, shorter
     path.write_text(text)
     replace_once(clone / "deltaf1_al/metrics.py", "return float(_mean_f1(hits, halves))", "return float(_mean_f1(hits, halves)) / 2")
     python(clone, ACCEPT.format(stale=()).replace("last.commit", repr(git(clone, "rev-parse", "HEAD").strip())))
@@ -229,6 +231,17 @@ def test_a_file_of_acceptances_that_nobody_earned(clone, request):
     request.getfixturevalue("long")
     status, said = make(clone, "accept", "AGAIN=1")
     assert status and "accepted.jsonl says otherwise of today's code (nothing changed); it was not written by `make accept`" in said, said
+
+
+def test_an_acceptance_without_its_code(clone, long):
+    "The line is committed and the code is not: nothing is built upon it."
+    replace_once(clone / "deltaf1_al/trigger.py", "self.streak >= self.k", "self.streak > self.k")
+    python(clone, ACCEPT.format(stale=("everything",)).replace("last.commit", repr(git(clone, "rev-parse", "HEAD").strip())))
+    git(clone, "commit", "-q", "-m", "the line alone", ACCEPTED)
+    git(clone, "checkout", "deltaf1_al/trigger.py")
+    rewrite(clone / "deltaf1_al/metrics.py", lambda text: text + "\n\ndef nothing():\n    return None\n")
+    status, said = make(clone, "accept")
+    assert status and "does not hold version 2 of the program" in said and "commit an acceptance together with its code" in said, said
 
 
 # ---- a parameter that is new
@@ -254,6 +267,9 @@ for given in ({}, {"beta2": 0.5}, {"beta2": 0.5, "store": ""}):
     replace_once(clone / "deltaf1_al/training.py", "torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)", "torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)")
     after = python(clone, code, tiny_encoder, str(tmp_path / "store")).split()
     assert after[0] == before[0], "a parameter at its default changes no hash"
+    rewrite(clone / "deltaf1_al/config.py", lambda text: text.replace("beta2: float = 0.999", "beta2: float = 0.5"))
+    moved = python(clone, code, tiny_encoder, str(tmp_path / "store")).split()
+    assert moved[2:5:2] == after[6:9:2], "another default is never served the rounds of the first"
     default, other, computed = after[1:5], after[5:9], after[9:13]
     assert default == before[1:5], "computed anew by other code, and equal"
     assert other == computed and other[::2] == ["False"] * 2 and other[1::2] != default[1::2]
