@@ -184,7 +184,7 @@ def _common(self: ActiveLearner) -> dict:
     "What all rounds of this run have in common."
     return {
         "code": source_version(_load, _restore, _fit, _score, _train_and_evaluate), "corpus": self.corpus.fingerprint, "split": self.corpus.split_fingerprint, "encoder": self.loaded.fingerprint,
-        "settings": {name: value for name, value in self.config.identity.items() if name in parameters("round")}, "dtype": str(self.loaded.dtype),
+        "settings": {name: getattr(self.config, name) for name in parameters("round")}, "dtype": str(self.loaded.dtype),
     }  # fmt: skip
 
 

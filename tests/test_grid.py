@@ -239,6 +239,8 @@ def test_results_are_promoted_and_checked(project, long):
     project.accept("everything")
     refused = project.python(load)
     assert refused.startswith("paper/results/it/docstrings/margin/") and "is of version 1 of the program, not of version 2" in refused, refused
+    status, said = project.call("results")
+    assert status == 1 and "is of another version of the program (and 1 more); a study by today's program needs a name of its own in nbs/grid/grid.yml" in said, said
     assert "{'hybrid': 2, 'retrain': 2}" in project.python("from deltaf1_al.results import *; print(load_results('it', 1).groupby('strategy').size().to_dict())")
 
 
