@@ -36,10 +36,9 @@ def differences(
 ) -> list[dict]:
     "The first difference of each run that has one: `run`, `round`, `field`, `before`, `now`, and how many `more`."
     found = []
-    for name, old in before.items():
-        new = after[name]
-        rounds = [(i, was, now) for i, (was, now) in enumerate(zip(old.get("rounds", []), new.get("rounds", [])))]
-        rounds += [("all", {"rounds": len(old.get("rounds", [])), "error": old.get("error")} | old.get("summary", {}), {"rounds": len(new.get("rounds", [])), "error": new.get("error")} | new.get("summary", {}))]
+    for name in before:
+        (old, all_old), (new, all_new) = ((run.get("rounds", []), {"rounds": len(run.get("rounds", [])), "error": run.get("error")} | run.get("summary", {})) for run in (before[name], after[name]))
+        rounds = [*((i, *pair) for i, pair in enumerate(zip(old, new))), ("all", all_old, all_new)]
         differ = [{"run": name, "round": i, "field": field, "before": value, "now": now.get(field)} for i, was, now in rounds for field, value in was.items() if json.dumps(now.get(field)) != json.dumps(value)]
         found += [differ[0] | {"more": len(differ) - 1}] if differ else []
     return found
