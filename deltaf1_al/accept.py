@@ -24,10 +24,8 @@ import yaml
 from .config import UserError, fingerprint, listed, write_atomic
 from .encoder import environment
 from .golden import GOLDEN, write_inputs
-from .grid import read_grid
-from .job import SUMMARY
 from .program import ACCEPTED, EVERYTHING, Acceptance, acceptances, as_text, checkout, code_of, git, sources, version_of
-from .results import RESULTS, committed, sealed_files
+from .results import committed, content_of, records_by_study
 
 # %% ../nbs/12e_accept.ipynb #12e0000e
 def differences(
@@ -157,9 +155,8 @@ def records_using(
 ) -> dict[str, int]:
     "How many committed records of each study use one of them."
     found = {}
-    for place in [*(folder for study in read_grid() for folder in committed(study)), *sealed_files()]:
-        uses = {*json.loads((place / SUMMARY if place.is_dir() else place).read_text())["uses"]}
-        study = place.relative_to(checkout() / RESULTS).parts[0]
+    for study, place in records_by_study():
+        uses = {*content_of(place)["uses"]}
         found[study] = found.get(study, 0) + bool({*parts} & uses or EVERYTHING in uses | {*parts})
     return {study: n for study, n in found.items() if n}
 
@@ -184,7 +181,7 @@ def check_golden(
     "`UserError` for a default that was moved, or for a golden set that leaves out what committed records use."
     if moved := sorted(name for name, value in old["neutral"].items() if new["neutral"].get(name, value) != value):
         raise UserError(f"the default of {listed(moved)} has changed, so that runs that relied on it would pass for others; keep the old one as its `neutral`")
-    used = {part for place in committed("") for part in json.loads((place / SUMMARY).read_text())["uses"]}
+    used = {part for place in committed("") for part in content_of(place)["uses"]}
     if lacking := sorted(used.difference(*(run.get("uses") or [] for run in new["runs"].values()))):
         raise UserError(f"{GOLDEN} has no run with {listed(lacking)}, which committed records use")
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['sealed', 'result_of', 'validator', 'shape_faults', 'origin_faults', 'faults', 'committed', 'sealed_files',
-           'versions_at', 'named', 'mixed', 'check_results', 'unaccepted', 'editions', 'load_results', 'seal',
-           'sealed_faults', 'load_sealed', 'promote']
+           'content_of', 'records_by_study', 'versions_at', 'named', 'mixed', 'check_results', 'unaccepted', 'editions',
+           'load_results', 'seal', 'sealed_faults', 'load_sealed', 'promote']
 
 # %% ../nbs/12d_results.ipynb #12d00003
 import json
@@ -116,11 +116,23 @@ def sealed_files() -> list[Path]:
     return [path for path in sorted((project_root() / RESULTS).glob("*/*.json")) if "program" in read_json(path)]
 
 
+def content_of(
+    place: Path,  # the folder of a record, or a sealed file
+) -> dict:
+    "What it says of itself."
+    return read_json(place / SUMMARY if place.is_dir() else place)
+
+
+def records_by_study() -> list[tuple[str, Path]]:
+    "Every committed record, with the study or the folder that it is of."
+    return [(name, folder) for name in read_grid() for folder in committed(name)] + [(path.parent.name, path) for path in sealed_files()]
+
+
 def versions_at(
     place: Path,  # the folder of a record, or a sealed file
 ) -> range:
     "The versions of the program that a committed record is true for."
-    record = read_json(place / SUMMARY if place.is_dir() else place)
+    record = content_of(place)
     return versions(record["code"], record["uses"], acceptances())
 
 
@@ -175,9 +187,9 @@ def unaccepted() -> str:
 def editions() -> list[str]:
     "A line for each version of the program whose records are committed and that today's is not."
     now, old = version_of(code_of(), acceptances()), {}
-    for place in [*(folder for name in read_grid() for folder in committed(name)), *sealed_files()]:
+    for study, place in records_by_study():
         if now not in (valid := versions_at(place)) and valid:
-            old.setdefault(valid[-1], []).append(place.relative_to(project_root() / RESULTS).parts[0])
+            old.setdefault(valid[-1], []).append(study)
     return [f"records of version {version}, the program is at {now}: {listed(dict.fromkeys(studies))}" for version, studies in sorted(old.items())]
 
 
