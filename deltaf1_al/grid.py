@@ -11,7 +11,6 @@ __all__ = ['GRID', 'RESULTS', 'STATES', 'ROUNDS', 'ENDED', 'SIZES', 'Job', 'Run'
 # %% ../nbs/12b_grid.ipynb #62100003
 import itertools
 import json
-import os
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 
 import numpy as np

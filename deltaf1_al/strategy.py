@@ -15,7 +15,7 @@ from typing import Annotated
 
 import numpy as np
 
-from .config import Share, UserError, check, construct, listed, register
+from .config import Share, UserError, construct, listed, register
 from .trigger import TRIGGERS, DeltaF1, SwitchBack, Trigger
 
 # %% ../nbs/09_strategy.ipynb #58d6afc2
