@@ -95,7 +95,8 @@ TITLES = {"round": "round", "n_labeled": "labelled texts", "n_charged": "labels 
           "test_macro_f1": "test macro-F1", "val_macro_f1": "validation macro-F1", "test_micro_f1": "test micro-F1",
           "val_micro_f1": "validation micro-F1", "test_roc_auc": "test ROC-AUC", "val_roc_auc": "validation ROC-AUC",
           "cum_train_flops": "training cost", "cum_total_flops": "total cost", "cum_seconds_train": "training time",
-          "cum_seconds_total": "total time", "cum_train_examples": "texts trained on"}
+          "cum_seconds_total": "total time", "cum_train_examples": "texts trained on",
+          "total_flops": "all cost", "money": "labels and compute, in money"}
 
 def unit_of(
     column: str,  # a column of `load_runs`
@@ -485,10 +486,11 @@ def panels(
 def arm_legend(
     fig: plt.Figure,
     names: list,  # arms
+    **same,  # keywords of `plot` in which the marks do not differ, over their looks
 ):
     "One legend above all panels."
     looks = looks_of(names)
-    marks = [mpl.lines.Line2D([], [], label=name, **{key: value for key, value in look.items() if key != "zorder"}) for name, look in looks.items()]
+    marks = [mpl.lines.Line2D([], [], label=name, **{key: value for key, value in (look | same).items() if key != "zorder"}) for name, look in looks.items()]
     fig.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize=mpl.rcParams["font.size"] * 0.9, handlelength=3.2)
 
 # %% ../nbs/13_figures.ipynb #b2f2b4fc
@@ -514,21 +516,24 @@ def cost_against_f1(
 def pareto_front(
     table: pd.DataFrame,  # from `pareto`
 ) -> plt.Figure:
-    "Area under the learning curve against all FLOPs, a panel for each data set, encoder and query; the front joined, dominated arms hollow."
-    groups = list(table.groupby(COMPARISON))
-    fig, axes = panels([""], [listed(key) for key, _ in groups])
+    "Area under the learning curve against cost, a panel for each data set, encoder and query; the front joined, dominated arms hollow."
+    groups, looks = list(table.groupby(COMPARISON)), looks_of(table.index.get_level_values("arm"))
+    fig, axes = panels([""], [listed(key) for key, _ in groups], height=0.95)
     for ax, (_, arms) in zip(axes[0], groups):
-        divisor, unit = unit_of("total_flops", arms["total_flops"].max())
-        arms = arms.reset_index("arm").assign(x=lambda a: a["total_flops"] / divisor)
-        front, looks = arms[arms["dominated_by"] == ""], looks_of(list(arms["arm"]))
+        measure = arms["measure"].iloc[0]
+        divisor, unit = unit_of(measure, arms["cost"].max())
+        arms = arms.reset_index("arm").assign(x=lambda a: a["cost"] / divisor)
+        front = arms[arms["dominated_by"] == ""]
         ax.plot(front["x"], front["area"], color="0.6", linewidth=1, zorder=1)
         for row in arms.itertuples():
-            look = {key: looks[row.arm][key] for key in ("color", "marker", "markersize") if key in looks[row.arm]}
+            color, marker, size = (looks[row.arm].get(key, mpl.rcParams["lines.markersize"]) for key in ("color", "marker", "markersize"))
             whisker = None if np.isnan(row.low) else [[row.area - row.low], [row.high - row.area]]
-            ax.errorbar([row.x], [row.area], yerr=whisker, linestyle="", elinewidth=0.8, capsize=2, zorder=3, **look, markerfacecolor="white" if row.dominated_by else look["color"])
-        ax.set(xlabel=f"all cost ({unit})", xlim=(0, 1.08 * arms["x"].max()))
-        label_ends(ax, {row.arm: (row.x, row.area) for row in arms.itertuples()}, {row.arm: {"color": looks[row.arm]["color"]} for row in arms.itertuples()})
+            ax.errorbar([row.x], [row.area], yerr=whisker, linestyle="", elinewidth=0.8, capsize=2, zorder=3, color=color, marker=marker,
+                        markersize=1.5 * size, markerfacecolor="white" if row.dominated_by else color)
+        ax.margins(x=0.1)
+        ax.set_xlabel(axis_title(measure, unit))
     axes[0, 0].set_ylabel("area under the curve")
+    arm_legend(fig, list(looks), linestyle="", markerfacecolor=None)
     return fig
 
 # %% ../nbs/13_figures.ipynb #sp000002

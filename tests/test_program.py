@@ -1,5 +1,6 @@
 """A run by papermill, its files, and the counts that have to hold."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -40,6 +41,16 @@ def test_own_files_single_and_multi_label(papermill, tmp_path):
         process, folder = papermill(dataset=str(path), text_column="body", label_columns=labels, out_dir=str(tmp_path / suffix), strategy="new-only")
         assert process.returncode == 0, process.output
         assert ("test_micro_f1" in rounds_of(folder)[-1]) == (suffix == "jsonl")
+
+
+def test_the_table_of_a_folder_of_runs_with_prices(tmp_path):
+    shutil.copytree(ROOT / "paper/results/cpu/imdb/margin", runs := tmp_path / "runs")
+    ask = lambda *prices: subprocess.run([sys.executable, "nbs/compare.py", runs, *prices], cwd=ROOT, text=True, capture_output=True)  # noqa: E731
+    done = ask("--label-price", "0.5", "--pflop-price", "100")
+    assert done.returncode == 0 and (runs / "pareto.png").stat().st_size, done.stderr
+    assert "area against money for labels and compute: on the Pareto front" in done.stdout and "retrain (104.2, by fine-tune)" in done.stdout
+    refused = ask("--label-price", "-1")
+    assert refused.returncode and refused.stderr == "label_price is -1.0; allowed is 0 to 1000000000\n"
 
 
 @pytest.mark.parametrize("notebook", ["nbs/eda/dataset_eda.ipynb", "nbs/eda/split_saver.ipynb"])
