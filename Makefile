@@ -9,7 +9,7 @@ SHELL := bash
 PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 VENV = .venv
 BIN = $(VENV)/bin
-INSTALL = $(BIN)/python -m pip install -c constraints.txt -e '.[dev,minilm,team,peers,strategies,grid,slurm,paper]'
+INSTALL = $(BIN)/python -m pip install -c constraints.txt -e '.[dev,minilm,team,peers,strategies,lora,grid,slurm,paper]'
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -9,7 +9,7 @@ ini = ConfigParser()
 ini.read(root / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("dev", "minilm", "team", "peers", "strategies", "grid", "slurm", "paper")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("dev", "minilm", "team", "peers", "strategies", "lora", "grid", "slurm", "paper")}
 
 setup(
     name=cfg["lib_name"],

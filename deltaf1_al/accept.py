@@ -86,7 +86,7 @@ def touched_parts(
         names = {name for _, name in more} - {""}
         more = {key for key, d in new.items() if d.refers & names and (d.part or not key[0].endswith(".strategy"))} - touched
     parts = {key: (new.get(key) or old[key]).part for key in touched}
-    helpers = [module.split(".")[-1] in ("query", "adapter", "trigger", "strategy") and name for (module, name), part in parts.items() if not part]
+    helpers = [module.split(".")[-1] in ("query", "adapter", "trigger", "strategy", "weights") and name for (module, name), part in parts.items() if not part]
     return sorted(set(parts.values()) - {""}) if all(helpers) and any(parts.values()) else [EVERYTHING] if touched else []
 
 
@@ -179,6 +179,8 @@ def check_golden(
     new: dict,
 ):
     "`UserError` for a default that was moved, or for a golden set that leaves out what committed records use."
+    if failed := [f"{name}: {run['error']}" for name, run in new["runs"].items() if "error" in run and name not in old["runs"]]:
+        raise UserError(f"golden run {failed[0]} (and {len(failed) - 1} more), which is new; it has to run")
     if moved := sorted(name for name, value in old["neutral"].items() if new["neutral"].get(name, value) != value):
         raise UserError(f"the default of {listed(moved)} has changed, so that runs that relied on it would pass for others; keep the old one as its `neutral`")
     used = {part for place in committed("") for part in content_of(place)["uses"]}

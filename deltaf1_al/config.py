@@ -182,7 +182,7 @@ class RunConfig(_Config):
     "Everything that determines one run."
 
     dataset: Annotated[str, "data"] = "docstrings"  # docstrings, ag_news, imdb, jigsaw, a file or folder of your own, or a hub id `owner/name`
-    strategy: Annotated[str, "rule"] = "hybrid"  # retrain, fine-tune, new-only, shrink-perturb, replay, hybrid, or plan>plan@trigger
+    strategy: Annotated[str, "rule"] = "hybrid"  # retrain, fine-tune, new-only, shrink-perturb, replay, fire, dash, reinit-top, average, frozen, lora, hybrid, or plan>plan@trigger
     query: Annotated[str, "data"] = "margin"  # a name of the table in 07b_adapter
     epsilon: Annotated[Share, "rule"] = 0.01  # ε: a round has settled when ΔF1 < ε; macro-F1 from 0 to 1
     k: Annotated[Rounds, "rule"] = 2  # this many settled rounds in a row make the hybrid switch
@@ -194,10 +194,13 @@ class RunConfig(_Config):
     n_val: Annotated[int, (10, 10**7), "data"] = 100  # validation texts, never trained on; charged to the label budget where decisions depend on their labels
     n_test: Annotated[int, (0, 10**7), "data"] = 0  # test texts; 0 = all, or a fifth of the texts where there is no test split
     pool_size: Annotated[int, (0, 10**8), "data"] = 0  # texts in the pool; 0 = all that are left
-    candidate_size: Annotated[int, (0, 10**8), "data"] = 0  # pool texts scored each round, another random subset each time; 0 = all
+    candidate_size: Annotated[int, (0, 10**8), "data"] = 0  # pool texts scored each round, others each time; 0 = all
+    candidates: Annotated[str, ("uniform", "near-positives"), "data"] = "uniform"  # which: uniform, or near-positives (near the labelled texts of each class or label, for rare ones)
     n_stop: Annotated[int, (0, 10**7), "rule"] = 0  # pool texts on which successive models are compared, for triggers without labels; 0 = none
     n_passes: Annotated[int, (2, 1000), "data"] = 10  # passes with dropout, for queries that ask for several
+    label_noise: Annotated[float, (0, 1), "data"] = 0.0  # share of the simulated annotator's answers that are wrong; what a learner is told by anyone else stays as told
     max_length: Annotated[int, (4, 8192)] = 128  # tokens a text is cut to, special tokens included
+    freeze: Annotated[int, (0, 1000)] = 0  # lower layers that stay as they were pretrained; what they give is computed once
     batch_size: Annotated[int, (1, 4096)] = 16  # texts in a training step
     learning_rate: Annotated[float, (1e-8, 1)] = 1e-4  # the peak of the schedule
     weight_decay: Share = 0.01  # AdamW's, on matrices only
@@ -218,6 +221,7 @@ class RunConfig(_Config):
     store: Annotated[str, "place"] = ""  # folder of finished rounds; empty = DELTAF1_AL_STORE, or store/
     keep: Annotated[str, ("last", "forks", "all", "none"), "place"] = "last"  # weights kept there: last, forks, all or none
     store_limit: Annotated[float, (0, 10**6), "place"] = 0.0  # GB of weights there, 0 = no limit
+    cache_limit: Annotated[float, (0, 10**6), "place"] = 8.0  # GB on disk for what layers that are not trained give
 
 
 @cache
@@ -404,9 +408,11 @@ def write_atomic(
             data(temporary)
         os.chmod(temporary, 0o644)  # a temporary file is private; a result is not
         os.replace(temporary, path)
-    except (OSError, ValueError) as e:  # a name the file system cannot hold is a ValueError
+    except BaseException as e:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+        if isinstance(e, UserError) or not isinstance(e, (OSError, ValueError)):  # a name the file system cannot hold is a ValueError
+            raise
         raise UserError(f"{path} could not be written ({getattr(e, 'strerror', e)}); make room there or choose another folder") from e
     return path
 

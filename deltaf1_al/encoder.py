@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -127,19 +127,11 @@ class Encoder:
     device: torch.device
     dtype: torch.dtype  # of matrix products
     fingerprint: str  # as `encoder_fingerprint` gives it
+    still: set[str] = field(default_factory=set)  # the weights that stay as they were at first
 
-    def reset(
-        self,
-        previous: float = 0.0,  # how much of the present weights is kept
-        fresh: float = 1.0,  # how much of the first weights is added
-    ):
-        "Return to the first weights, or to `previous` * present + `fresh` * first (shrink and perturb: Ash & Adams 2020, section 4)."
-        if (previous, fresh) == (1, 0):
-            return
-        weights, present = self.initial, self.model.state_dict()
-        if (previous, fresh) != (0, 1):
-            weights = {name: previous * present[name].cpu() + fresh * w if w.is_floating_point() else w for name, w in weights.items()}
-        self.model.load_state_dict(weights)
+    def reset(self):
+        "Return to the first weights."
+        self.model.load_state_dict(self.initial)
 
     def state(self) -> dict[str, torch.Tensor]:
         "A copy of the present weights."
@@ -149,6 +141,12 @@ class Encoder:
     def head(self) -> torch.nn.Linear:
         "The last linear layer; its input is a text's embedding."
         return [m for m in self.model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == self.model.config.num_labels][-1]
+
+    @property
+    def linear(self) -> dict[str, torch.nn.Parameter]:
+        "The weights and biases of all linear layers, by name."
+        layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)]
+        return {f"{name}.{kind}": p for name, m in layers for kind, p in m.named_parameters(recurse=False)}
 
 # %% ../nbs/03_encoder.ipynb #b0cfcc72
 def encoder_fingerprint(

@@ -8,6 +8,7 @@ __all__ = ['CHUNK', 'FAMILIES', 'random_bits', 'dropout_mask', 'Place', 'places'
            'native_attention', 'engine_for']
 
 # %% ../nbs/03b_engine.ipynb #e0000003
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
-from .config import UserError
+from .config import UserError, listed
 from .encoder import Encoder
 from .tokens import Batch, Tokens
 
@@ -206,6 +207,8 @@ class Flops:
 class Engine:
     "Runs any encoder of `transformers`, in its own code, on padded batches."
 
+    passes = 3  # what a training step costs in forward passes; backward is counted as two, also in the lowest layer that is trained
+
     def __init__(
         self,
         encoder: Encoder,  # its model keeps the weights, in fp32
@@ -234,6 +237,14 @@ class Engine:
     def follow(self):
         "The parameters were updated."
 
+    def stand_on(
+        self,
+        floor: int,  # layers that stay as they are, 1 or more
+        below: Callable[[Batch], torch.Tensor],  # gives (n_tokens, width), the hidden states after them
+    ):
+        "Begin at layer `floor` from now on; `UserError` when this engine cannot."
+        raise UserError(f"freeze is {floor}, and an encoder of type {self.model.config.model_type!r} is run as a whole; allowed there is 0, and more for {listed(FAMILIES)}")
+
     def counts(self, batch: Batch) -> tuple[int, int, int, int]:
         "`Batch.counts` as this engine pads it."
         texts, longest = len(batch.rows), int(batch.lengths[0])
@@ -260,6 +271,15 @@ def _padded_forward(
 Engine.__call__ = _padded_forward
 
 
+def _padded_states(self: Engine, batch: Batch) -> torch.Tensor:
+    "(n_tokens, width) the hidden states of every token after the last layer, without dropout."
+    ids, mask = (on_device(part, self.device) for part in batch.rectangle(self.encoder.tokenizer.pad_token_id))
+    with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        return self.model.eval().base_model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+
+Engine.states = _padded_states
+
+
 def _counted(self: Engine) -> Flops:
     "The `Flops` of a forward pass; `UserError` when they are no polynomial of degree two in the length of a text."
     long = min(getattr(self.model.config, "max_position_embeddings", None) or 600, 600) - 4  # beyond the windows of sparse attention
@@ -284,7 +304,7 @@ def example(
 
 
 def counted_flops(
-    engine: Engine,
+    engine: Engine,  # or a part of one
     lengths: list[int],  # of texts
 ) -> int:
     "What PyTorch counts in one forward pass over such texts."
@@ -306,13 +326,27 @@ class Packed(Engine):
         self.padding = {name: getattr(embedded, f"{name}_embeddings").padding_idx for name in ("word", "position")}  # rows that are not trained
         self.parts = self._parts(encoder.model)
         self.table, self.place = self.parts["word"][0], None  # all word embeddings; where a token's row is among those in training
-        self.bulk = encoder.device.type == "cpu"
+        self.bulk, self.floor, self.below = encoder.device.type == "cpu", 0, None  # the first layer that is run; what gives the states it begins with
         self.eps = encoder.model.get_submodule(self.family.embeddings + "LayerNorm").eps
         self.activation, self.squash = ACT2FN[getattr(config, self.family.activation)], getattr(torch, self.family.squash)
         super().__init__(encoder, dtype)
         own = lambda name, p: len(p) == 1 and (self.dtype == torch.float32 or name in ("word", "position", "token_type", "norm.weight", "norm.bias"))
         made = {name: p[0] if own(name, p) else torch.cat([part.detach() for part in p]).to(self.dtype) for name, p in self.parts.items()}
         self.weights = {name: weight.requires_grad_() for name, weight in made.items()}
+
+    def stand_on(self, floor: int, below: Callable[[Batch], torch.Tensor]):
+        "Begin at layer `floor` from now on; `UserError` when none is left above it."
+        if floor >= self.depth:
+            raise UserError(f"freeze is {floor}; allowed is 0 to {self.depth - 1}, or the strategy frozen, which leaves all {self.depth} layers as they are")
+        self.floor, self.below = floor, below
+        open_ = {id(part) for name in self.trained for part in self.parts[name]}
+        self.encoder.still = {name for name, p in self.model.named_parameters() if id(p) not in open_}
+
+    @property
+    def trained(self) -> dict[str, torch.Tensor]:
+        "The working weights above the floor."
+        above = {"dense", "out", *map(str, range(self.floor, self.depth))}
+        return {name: weight for name, weight in self.weights.items() if not self.floor or name.split(".")[0] in above}
 
     def counts(self, batch: Batch) -> tuple[int, int, int, int]:
         "What the batch counts."
@@ -340,9 +374,9 @@ Packed._parts = _parts
 def _flops(self: Packed) -> Flops:
     "In closed form: 2 for each weight that a token or a text meets, and attention's two products."
     d, inner, last = self.width, len(self.parts["0.up.bias"][0]), 2 * len(self.parts["out.bias"][0]) * self.width
-    block = 2 * (2 * d * d + 2 * d * inner)  # what a layer does beside keys and values
-    token, text = 4 * d * d * self.depth + block * (self.depth - 1), block + 2 * d * d + last
-    return Flops(text, token, 4 * d, 4 * d * (self.depth - 1))
+    block, layers = 2 * (2 * d * d + 2 * d * inner), self.depth - self.floor  # what a layer does beside keys and values
+    token, text = 4 * d * d * layers + block * (layers - 1), block + 2 * d * d + last
+    return Flops(text, token, 4 * d, 4 * d * (layers - 1))
 
 
 Packed.flops = property(_flops)
@@ -372,8 +406,9 @@ Packed.follow = _follow
 # %% ../nbs/03b_engine.ipynb #e0000018
 def _backward(self: Packed, loss: torch.Tensor):
     "Add the gradient of the loss to that of the parameters, in fp32."
-    grads = torch.autograd.grad(loss, list(self.weights.values()))
-    for parts, grad in zip(self.parts.values(), grads):
+    trained = self.trained
+    for name, grad in zip(trained, torch.autograd.grad(loss, list(trained.values()))):
+        parts = self.parts[name]
         for part, piece in zip(parts, grad.split([len(p) for p in parts])):
             part.grad = piece.float() if part.grad is None else part.grad.add_(piece)
 
@@ -382,7 +417,9 @@ Packed.backward = _backward
 
 
 def _narrow(self: Packed, token_ids: np.ndarray) -> list[torch.nn.Parameter]:
-    "The parameters to train, of the word embeddings only the rows of these tokens."
+    "The parameters to train, of the word embeddings only the rows of these tokens, and none below the floor."
+    if self.floor:
+        return [part for name in self.trained for part in self.parts[name]]
     used = np.unique(token_ids).astype(np.int64)
     self.used = on_device(used, self.device)
     self.place = torch.zeros(len(self.table), dtype=torch.long, device=self.device)
@@ -399,8 +436,9 @@ Packed.narrow = _narrow
 @torch.no_grad()
 def _widen(self: Packed, decay: float):
     "Put the rows back; the others, which had no gradient, have only decayed."
-    self.table.mul_(decay)
-    self.table[self.used] = self.weights["word"].detach()
+    if not self.floor:
+        self.table.mul_(decay)
+        self.table[self.used] = self.weights["word"].detach()
     self.refresh()
 
 
@@ -419,19 +457,20 @@ class Masks:
 def _masks(self: Packed, batch: Batch, dropout: tuple[int, int] | None) -> Masks:
     "The masks of a step; none in scoring. A GPU draws its own, from a counter as well."
     hidden, attention, head = self.rates if dropout else (None, None, None)
-    n_blocks, family, d = len(batch.blocks), self.family, self.width
+    n_blocks, family, d, layers = len(batch.blocks), self.family, self.width, self.depth - self.floor
     if not self.bulk:
         seed_torch(dropout, batch)
     if dropout is None or not self.bulk:
         layer = [attention] * n_blocks, hidden if family.mixed else None, hidden
-        return Masks(hidden, [layer] * self.depth, [head if family.early else None, head])
+        return Masks(hidden, [layer] * layers, [head if family.early else None, head])
     of = lambda *args: self._mask(dropout, batch, *args)  # noqa: E731
-    states = of(0, 1, hidden, 1 + (1 + family.mixed) * (self.depth - 1), d)
-    states = states + of(1, 0, hidden, 1 + family.mixed, d)
+    states = of(0, 1, hidden, (not self.floor) + (1 + family.mixed) * (layers - 1), d)
+    entry = None if self.floor else states.pop(0)
+    states += of(1, 0, hidden, 1 + family.mixed, d)
     per_block = self._attention_masks(dropout, batch, attention)
-    layers = [(per_block[i], states.pop(1) if family.mixed else None, states.pop(1)) for i in range(self.depth)]
+    each = [(per_block[i], states.pop(0) if family.mixed else None, states.pop(0)) for i in range(layers)]
     ends = of(2, 0, head, 1 + family.early, d)
-    return Masks(states[0], layers, [ends[0] if family.early else None, ends[-1]])
+    return Masks(entry, each, [ends[0] if family.early else None, ends[-1]])
 
 
 Packed.masks = _masks
@@ -451,14 +490,15 @@ Packed._mask = _mask
 # %% ../nbs/03b_engine.ipynb #e0000033
 def _attention_masks(self: Packed, dropout: tuple[int, int], batch: Batch, p: float) -> list[list]:
     "For each layer and block a mask (n * heads, length, length), in the last layer (n * heads, 1, length)."
+    before_last = self.depth - self.floor - 1
     if not p:
-        return [[None] * len(batch.blocks)] * self.depth
-    pairs, padded, found = batch.before[3] * self.heads * (self.depth - 1), batch.before[2] * self.heads, []
+        return [[None] * len(batch.blocks)] * (before_last + 1)
+    pairs, padded, found = batch.before[3] * self.heads * before_last, batch.before[2] * self.heads, []
     for first, stop, length in batch.blocks:
-        n, inner = stop - first, self.heads * (self.depth - 1) * length**2
-        bits = random_bits((dropout[0], 3), dropout[1], pairs, n * inner).view(n, self.depth - 1, self.heads, length, length)
+        n, inner = stop - first, self.heads * before_last * length**2
+        bits = random_bits((dropout[0], 3), dropout[1], pairs, n * inner).view(n, before_last, self.heads, length, length)
         last = random_bits((dropout[0], 4), dropout[1], padded, n * self.heads * length).view(n * self.heads, 1, length)
-        masks = dropout_mask(bits.transpose(0, 1), p, self.dtype).view(self.depth - 1, n * self.heads, length, length)
+        masks = dropout_mask(bits.transpose(0, 1), p, self.dtype).view(before_last, n * self.heads, length, length)
         found.append([*masks, dropout_mask(last, p, self.dtype)])
         pairs, padded = pairs + n * inner, padded + n * self.heads * length
     return [list(masks) for masks in zip(*found)]
@@ -506,21 +546,26 @@ def native_attention(q, kv, heads, blocks, back, rates) -> torch.Tensor:
 # %% ../nbs/03b_engine.ipynb #e000001d
 def _forward(self: Packed, batch: Batch, dropout: tuple[int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     "Logits (b, n_labels) float32, and embeddings (b, width): the input of the last layer."
-    w, masks, starts = self.weights, self.masks(batch, dropout), batch.starts
+    masks, first = self.masks(batch, dropout), on_device(batch.starts, self.device)
     blocks, back = places(batch, self.device, self.dtype)
-    ids, first = on_device(batch.ids, self.device), on_device(starts, self.device)
-    positions = on_device(self._positions(batch, starts), self.device)
-    x = self._looked_up("word", ids if self.place is None else self.place[ids]) + self._looked_up("position", positions)
-    x = self._norm("norm", x + w["token_type"][0] if "token_type" in w else x)
-    x = dropped(x.to(self.dtype), masks.embeddings)
-    for i in range(self.depth):
-        x = self._layer(i, x, first if i == self.depth - 1 else None, blocks, back, *masks.layers[i])
+    x = self.below(batch) if self.floor else dropped(self._entered(batch), masks.embeddings)
+    for i in range(self.floor, self.depth):
+        x = self._layer(i, x, first if i == self.depth - 1 else None, blocks, back, *masks.layers[i - self.floor])
     before, between = masks.head
     embeddings = dropped(self.squash(self._linear("dense", dropped(x, before))), between)
     return self._linear("out", embeddings).float(), embeddings
 
 
-Packed.__call__ = _forward
+def _states(self: Packed, batch: Batch, layers: int = 0) -> torch.Tensor:
+    "(n_tokens, width) the hidden states of every token after that many layers, 0 = all; without dropout."
+    blocks, back = places(batch, self.device, self.dtype)
+    x = self._entered(batch)
+    for i in range(layers or self.depth):
+        x = self._layer(i, x, None, blocks, back, [None] * len(blocks), None, None)
+    return x
+
+
+Packed.__call__, Packed.states = _forward, _states
 
 
 def _layer(self: Packed, i: int, x, first, blocks, back, attention, mix, down) -> torch.Tensor:
@@ -540,6 +585,17 @@ def _layer(self: Packed, i: int, x, first, blocks, back, attention, mix, down) -
 Packed._layer = _layer
 
 # %% ../nbs/03b_engine.ipynb #e0000034
+def _entered(self: Packed, batch: Batch) -> torch.Tensor:
+    "(n_tokens, width) what the first layer begins with."
+    w, ids = self.weights, on_device(batch.ids, self.device)
+    positions = on_device(self._positions(batch, batch.starts), self.device)
+    x = self._looked_up("word", ids if self.place is None else self.place[ids]) + self._looked_up("position", positions)
+    return self._norm("norm", x + w["token_type"][0] if "token_type" in w else x).to(self.dtype)
+
+
+Packed._entered = _entered
+
+
 def _linear(self: Packed, name: str, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 

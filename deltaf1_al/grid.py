@@ -356,13 +356,14 @@ SIZES = {"ag_news": (120_000, 7_600), "imdb": (25_000, 25_000), "jigsaw": (159_5
 def rounds_seen(
     folder: Path,  # with runs anywhere below
 ) -> pd.DataFrame:
-    "Every round of every run there, with the settings that cost depends on, the latest run last."
+    "Every round that trains the whole encoder, of every run there, with the settings that cost depends on, the latest run last."
     rows = []
     for path in sorted(folder.rglob("rounds.jsonl"), key=lambda path: path.stat().st_mtime):
         try:
             about = json.loads((path.parent / "config.json").read_text())
             known = {name: about["config"][name] for name in ("encoder", "dataset", "max_length")} | {"processor": about["environment"]["processor"]}
-            rows += [known | r | {f"seconds_{phase}": s for phase, s in r["seconds"].items()} for r in read_rounds(path)]
+            whole = [r for r in read_rounds(path) if not r["plan"].startswith(("frozen", "lora"))] if not about["config"].get("freeze") else []  # a text costs less there
+            rows += [known | r | {f"seconds_{phase}": s for phase, s in r["seconds"].items()} for r in whole]
         except (UserError, OSError, ValueError, LookupError, TypeError):
             continue  # a run that cannot be read tells nothing
     return pd.DataFrame(rows)
@@ -388,7 +389,7 @@ def shape(
 def texts_by_round(
     config: RunConfig,
 ) -> list[dict]:
-    "For each round the plan, whether it starts fresh, the labelled texts it trains on, and the texts that go through the model otherwise."
+    "For each round the plan, whether it leaves weights that need none of the round before, the labelled texts that are trained on, and the texts that go through the model otherwise."
     strategy, query, rows = strategy_in(config), QUERIES[config.query], []
     train, test = SIZES.get(config.dataset, (0, 0))
     looks = config.n_val + (config.n_test or test) + config.n_stop
@@ -398,7 +399,11 @@ def texts_by_round(
         asked = (config.candidate_size or max(config.pool_size or train - config.n_val, 0)) if round and query.needs else 0
         passes = 1 + config.n_passes * ("passes" in query.needs)
         scored = passes * asked + (n_labeled if asked and "labeled" in query.needs else 0)
-        rows.append({"plan": plan.name, "fresh": plan.start == "fresh", "trained": len(plan.choose(bought, np.random.default_rng(0))), "forward": scored + looks})
+        if plan.head:  # one pass over all texts, in the first of such rounds
+            once = looks - config.n_stop + (config.pool_size or max(train - config.n_val, 0))
+            rows.append({"plan": plan.name, "fresh": False, "trained": 0, "forward": 0 if any(r["trained"] == 0 for r in rows) else once})
+            continue
+        rows.append({"plan": plan.name, "fresh": not plan.last, "trained": len(plan.choose(bought, np.random.default_rng(0))), "forward": scored + looks})
     return rows
 
 
@@ -425,7 +430,7 @@ def expected_flops(
     "(n_rounds + 1,) FLOPs of each round."
     (train, forward, by_plan, usual), found = known, []
     for r in texts_by_round(config):
-        steps = -(-r["trained"] // config.batch_size)
+        steps = max(1, -(-r["trained"] // config.batch_size))
         epochs = max(min(by_plan.get(r["plan"], usual), planned_steps(steps, config) / steps), -(-config.min_steps // steps))
         found.append(r["trained"] * epochs * train + r["forward"] * forward)
     return np.array(found)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'RoundRecord', 'check_run', 'check_strategy', 'open_store', 'ActiveLearner', 'encoder', 'help_out', 'ask',
-           'hashed', 'tell', 'lines_of', 'close', 'simulate', 'run_summary', 'run_in', 'move_aside', 'RunFolder',
-           'progress_header', 'progress_line']
+           'hashed', 'tell', 'lines_of', 'close', 'annotations', 'simulate', 'run_summary', 'run_in', 'move_aside',
+           'RunFolder', 'progress_header', 'progress_line']
 
 # %% ../nbs/11_loop.ipynb #f790d903
 import json
@@ -14,27 +14,33 @@ import shutil
 import sys
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from torch.utils.flop_counter import FlopCounterMode
 
-from . import query
+from . import cached, query
+from .adapters import Adapted, peft_or_say
 from .adapter import check_candidates, check_library, library_versions
+from .cached import Body, Outputs, check_fits, outputs
 from .config import PHASES, RunConfig, UserError, choose, fingerprint, load_extension, neutral, parameters, stream, stream_seed, write_atomic
 from .corpus import Corpus
 from .encoder import Encoder, encoder_path, environment, hardware, load_encoder, peak_memory
 from .engine import Packed, engine_for
+from .head import Head, fit_head
 from .metrics import agreement, decide, delta_f1_interval, report, tune_thresholds
 from .program import made_by, parts_named, source_version
-from .query import QUERIES, Candidates, draw, lots, query_for
+from .query import QUERIES, Candidates, draw, lots, near_positives, query_for
 from .scoring import Scores, probabilities, score
-from .store import Made, Store, key_of, store_path
-from .strategy import Plan, Strategy, strategy_of
+from .store import ADAPTERS, Made, Store, engine_version, key_of, store_path
+from .strategy import FIRST, LAST, Plan, Start, Strategy, strategy_of
 from .team import Team
 from .tokens import tokenize
-from .training import Clock, Progress, Training, Work, train
+from .training import Clock, Progress, Training, Work, smoothed_descent, train
 from .trigger import COMPARED, Observation, Oracle
+from .weights import Weights, check_depth, check_linear, mixed
 
 # %% ../nbs/11_loop.ipynb #6196f120
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class RoundRecord:
     switched: bool  # whether the trigger had fired before this round and the strategy heeds it
     train_epochs: int
     train_loss: float  # mean over the last epoch
-    stopped_by: str  # target_loss or max_epochs
+    stopped_by: str  # target_loss or max_epochs; of a head converged or max_iter
     train_steps: int
     train_examples: int
     train_tokens: int
@@ -89,8 +95,12 @@ def check_run(
 ):
     "Refuse, with one sentence, a configuration this machine or this library cannot run; nothing but an extension is loaded."
     load_extension(config.extension)
-    check_strategy(config, strategy_of(config.strategy, config.epsilon, config.k))
-    choose("query", config.query, QUERIES)
+    strategy = strategy_of(config.strategy, config.epsilon, config.k)
+    check_strategy(config, strategy)
+    if "passes" in choose("query", config.query, QUERIES).needs and any(plan.head for plan in (strategy.before, strategy.after)):
+        raise UserError(f"query is {config.query!r}, which looks at passes with dropout, and rounds of {config.strategy!r} that are frozen have none; allowed is another query")
+    if config.candidates != "uniform" and not (config.candidate_size and QUERIES[config.query].needs):
+        raise UserError(f"candidates is {config.candidates!r}, which chooses candidate_size texts for a query to look at, and candidate_size is {config.candidate_size}, query {config.query!r}; allowed is uniform, or a size above 0 and a query that looks")
     check_library(config.query)
     hardware(config.device, config.precision)
     encoder_path(config.encoder)
@@ -103,6 +113,12 @@ def check_strategy(
     "`UserError` when the trigger lacks a stop set, or is the oracle of another study."
     if strategy.switches and strategy.trigger.stop_set and not config.n_stop:
         raise UserError(f"n_stop is 0, and the trigger of {config.strategy!r} compares models on unlabelled texts; allowed is 1 to 10000000")
+    if config.freeze and strategy.before.head and strategy.after.head:
+        raise UserError(f"freeze is {config.freeze}, and {config.strategy!r} trains no layer at all; allowed is 0")
+    if any(plan.rank for plan in (strategy.before, strategy.after)):
+        peft_or_say()
+        if config.freeze:
+            raise UserError(f"freeze is {config.freeze}, and the plan lora of {config.strategy!r} trains adapters in every layer; allowed is 0")
     trigger = getattr(strategy.trigger, "trigger", strategy.trigger)
     if not isinstance(trigger, Oracle):
         return
@@ -142,8 +158,11 @@ class ActiveLearner:
         check_candidates(config.query, min(config.candidate_size or len(corpus.pool), len(corpus.pool)))
         if config.n_stop > len(corpus.pool):
             raise UserError(f"n_stop is {config.n_stop}; allowed is at most {len(corpus.pool)}, the size of the pool")
+        if team.size > 1 and any(plan.rank for plan in (self.strategy.before, self.strategy.after)):
+            raise UserError(f"strategy is {config.strategy!r}, whose plan lora trains in one process; {team.size} were launched")
         with self.clock("load"):
             self._load()
+        self._run_once()
         self.labels = np.full_like(corpus.labels, -1)  # what has been told
         self.bought: list[np.ndarray] = []  # ids by round
         self.plans: list[Plan] = []  # by round
@@ -154,12 +173,20 @@ class ActiveLearner:
         self.decided: dict[str, np.ndarray] = {}  # last round's decisions on the validation and the stop set
         self.trained_again: list[Training] = []  # for weights that were not kept
         self.holds: int | None = -1  # the round whose weights `loaded` has; −1: the first weights, None: those of no round
+        self.head: tuple[int, Head] | None = None  # of a round that left the encoder as it was, and which; None where the encoder's own counts
+        self.vectors: tuple[int, Outputs] | None = None  # of each text, from the encoder as a round left it, and which
+        self.adapters: Weights = {}  # those of the last round, where it trained such
         self.common = self._common()
         self.journal, self.events = journal and Path(journal).absolute(), []
         if store:
             store.claim(self.journal or config.folder, config.hash)
         if journal:
             self._reopen()
+
+    @property
+    def _texts(self) -> np.ndarray:
+        "The ids of all texts of the run."
+        return np.concatenate([self.corpus.pool, self.corpus.val, self.corpus.test])
 
     @property
     def unlabeled(self) -> np.ndarray:
@@ -173,30 +200,63 @@ def _load(self: ActiveLearner):
     device, dtype = hardware(config.device, config.precision)
     self.loaded = load_encoder(config.encoder, len(corpus.label_names), config.seed, device, dtype, config.max_length)
     self.engine = engine_for(self.loaded)
-    self.tokens = tokenize(corpus.texts, self.loaded.tokenizer, config.max_length)
+    self.tokens, self.below, self.around = tokenize(corpus.texts, self.loaded.tokenizer, config.max_length), None, None
+    if config.freeze:
+        self.engine.stand_on(config.freeze, lambda batch: self.below.states(batch))
+    for plan in (self.strategy.before, self.strategy.after):
+        check_depth(self.loaded, config.encoder, plan.start.layers)
+        if plan.start.linear or plan.rank:
+            check_linear(self.loaded, plan.name)
+        if plan.head:
+            check_fits(Body(self.engine, pooled=True), self.tokens, self._texts, config.cache_limit)
 
 
-ActiveLearner._load = _load
+def _run_once(self: ActiveLearner):
+    "The lower layers, or all of them, on every text of the run, where that is known to be needed before the first round."
+    if self.config.freeze:
+        self.below = self._outputs("first", self.config.freeze)
+    if self.config.candidates == "near-positives":
+        self.around = self._outputs("first")
+
+
+def _outputs(self: ActiveLearner, weights: str, layers: int = 0) -> Outputs:
+    "What lower layers that are not trained give for every text of the run; without a number of layers the encoder's vector of each text."
+    parts = {"code": source_version(cached, _outputs), "engine": engine_version(), "encoder": self.loaded.fingerprint, "weights": weights, "machine": self._machine()}
+    body, progress = Body(self.engine, layers, pooled=not layers), Progress("layers that stay", self.say)
+    return outputs(body, self.tokens, self._texts, self.config.batch_tokens, parts, self.config.cache_limit, progress)
+
+
+ActiveLearner._load, ActiveLearner._run_once, ActiveLearner._outputs = _load, _run_once, _outputs
 
 # %% ../nbs/11_loop.ipynb #8fde6e4c
 def _common(self: ActiveLearner) -> dict:
     "What all rounds of this run have in common."
     return {
-        "code": source_version(_load, _restore, _fit, _score, _train_and_evaluate), "corpus": self.corpus.fingerprint, "split": self.corpus.split_fingerprint, "encoder": self.loaded.fingerprint,
+        "code": source_version(_load, _outputs, _restore, _begin, _fit, _adapt, _vectors, _score, _train_and_evaluate), "corpus": self.corpus.fingerprint, "split": self.corpus.split_fingerprint, "encoder": self.loaded.fingerprint,
         "settings": {name: getattr(self.config, name) for name in parameters("round")}, "dtype": str(self.loaded.dtype),
     }  # fmt: skip
 
 
-ActiveLearner._common = _common
+def _machine(self: ActiveLearner) -> dict:
+    "What the bytes of a result may depend on beside configuration, data and code."
+    return {name: value for name, value in environment(self.loaded.device).items() if name != "python"} | {"processes": self.team.size}
+
+
+ActiveLearner._common, ActiveLearner._machine = _common, _machine
 
 
 def _parts(self: ActiveLearner, round: int) -> dict:
     "Everything that determines a round."
     plan, rows = self.plans[round], self._rows(round)
-    before = self.keys[round - 1] if plan.previous else ""
-    start = {(0, 1): "fresh", (1, 0): before}.get((plan.previous, plan.fresh), f"{plan.previous!r} * {before} + {plan.fresh!r} * first")
-    machine = {name: value for name, value in environment(self.loaded.device).items() if name != "python"} | {"processes": self.team.size}
-    return self.common | {"machine": machine, "kind": "round", "round": round, "start": start, "rows": hashed(rows, self.labels[rows])}
+    before, home = self._trained(round - 1), sys.modules[plan.start.home]
+    start = self.keys[before] if plan.last and before >= 0 else "fresh"
+    name = FIRST.name if plan.start is LAST and before < 0 else plan.start.name
+    weights = name, plan.average, source_version(home) if hasattr(home, "__file__") else ""  # what a notebook defines is known by its name
+    if plan.head:
+        return self.common | {"machine": self._machine() | {name: version(name) for name in ("scikit-learn", "scipy")}, "kind": "round", "round": round, "encoder of": start, "head": plan.head, "rows": hashed(rows, self.labels[rows])}
+    if plan.rank:
+        start, weights = f"{ADAPTERS}{start}", (*weights, plan.rank, plan.rate, version("peft"))
+    return self.common | {"machine": self._machine(), "kind": "round", "round": round, "start": start, "weights": weights, "rows": hashed(rows, self.labels[rows])}
 
 
 ActiveLearner._parts = _parts
@@ -223,54 +283,131 @@ ActiveLearner._value = _value
 
 # %% ../nbs/11_loop.ipynb #a4c0b6ba
 def encoder(self: ActiveLearner) -> Encoder:
-    "The encoder, with the weights of the last round."
+    "The encoder, with the weights of the last round; `UserError` when that left the encoder as it was."
     self._restore(len(self.records) - 1)
+    if self.head:
+        raise UserError(f"strategy is {self.config.strategy!r}, whose last round trained a head on vectors of the encoder and not the encoder; allowed for a model to take along is a strategy that ends with another plan, such as frozen>retrain@fixed_round({max(1, self.config.n_rounds)})")
     return self.loaded
 
 
 ActiveLearner.encoder = property(encoder)
 
 
+def _trained(self: ActiveLearner, round: int) -> int:
+    "The last round up to this one that trained the encoder; −1 for none."
+    while round >= 0 and self.plans[round].head:
+        round -= 1
+    return round
+
+
 def _restore(self: ActiveLearner, round: int):
     "Bring the model to the end of a round."
-    weights, again, at = None, [], round
-    while at != self.holds and at >= 0 and not weights:
+    if round >= 0 and self.plans[round].head:
+        if not self.head or self.head[0] != round:
+            self._restore(self._trained(round))
+            self._fit(round)
+        return
+    self.head, found, at = None, [], round
+    while at != self.holds and at >= 0:
         weights = self.store.weights(self.keys[at]) if self.store else None
-        if not weights:
-            again.append(at)
-            if self.plans[at].start == "fresh":
-                break
-            at -= 1
+        found.append((at, weights))
+        if not self.plans[at].last or weights and not self.plans[at].rank:
+            break
+        at = self._trained(at - 1)
     if at == self.holds == round:
         return
     self.holds = None  # an interruption from here on leaves a model of no round
-    if weights:
-        self.loaded.model.load_state_dict(weights)
-    elif at < 0:
+    if at < 0:
         self.loaded.reset()
-    for at in reversed(again):
-        self.trained_again.append(self._fit(at))
-        if self.store:
-            self.store.take_back(self.keys[at], self.loaded.model.state_dict())
+    for at, weights in reversed(found):
+        if weights and self.plans[at].rank:
+            self._begin(self.plans[at].start, self._rows(at))
+            self._adapt(at, weights)
+        elif weights:
+            self.loaded.model.load_state_dict(weights)
+        else:
+            self.trained_again.append(self._fit(at))
+            if self.store:
+                self.store.take_back(self.keys[at], self._kept(at))
     self.holds = round
 
 
-ActiveLearner._restore = _restore
+def _kept(self: ActiveLearner, round: int) -> Weights | None:
+    "The weights to keep of a round that the model is at: all, or the adapters alone, or none where a head is fitted anew faster than read."
+    plan = self.plans[round]
+    return None if plan.head else self.adapters if plan.rank else self.loaded.model.state_dict()
+
+
+ActiveLearner._trained, ActiveLearner._restore, ActiveLearner._kept = _trained, _restore, _kept
 
 # %% ../nbs/11_loop.ipynb #25941013
+def _begin(self: ActiveLearner, start: Start, rows: np.ndarray) -> Work:
+    "Give the model the weights that training begins with; what that took."
+    descent, work, model = {}, Work(), self.loaded.model
+    if start.smoothing:
+        self.team.order(self.engine, "descend", rows=rows, labels=self.labels[rows], smoothing=start.smoothing)
+        descent, work = smoothed_descent(self.engine, self.tokens, rows, self.labels[rows], self.config, start.smoothing, self.team)
+    with FlopCounterMode(display=False) as counter:
+        weights = start.weights(self.loaded, descent)
+    model.load_state_dict({**weights, **{name: self.loaded.initial[name] for name in self.loaded.still}})
+    return work + Work(flops=counter.get_total_flops())
+
+
+ActiveLearner._begin = _begin
+
+
 def _fit(self: ActiveLearner, round: int) -> Training:
-    "Train as a round does; where it goes on from the round before, the model has to be there."
-    rows, plan = self._rows(round), self.plans[round]
-    self.loaded.reset(plan.previous, plan.fresh)
-    self.team.order(self.engine, "train", rows=rows, labels=self.labels[rows], round=round)
-    return train(self.engine, self.tokens, rows, self.labels[rows], self.config, round, Progress("training", self.say), self.team)
+    "Train as a round does; where that needs the weights of the round before, the model has to have them."
+    rows, plan, model = self._rows(round), self.plans[round], self.loaded.model
+    self.head = None
+    if plan.head:
+        head, training = fit_head(self._vectors(round).of(rows), self.labels[rows], len(self.corpus.label_names), plan.head)
+        self.head = round, head
+        return training
+    last = self.loaded.state() if plan.average else {}
+    work = self._begin(plan.start, rows)
+    if plan.rank:
+        training = self._adapt(round)
+    else:
+        self.team.order(self.engine, "train", rows=rows, labels=self.labels[rows], round=round)
+        training = train(self.engine, self.tokens, rows, self.labels[rows], self.config, round, Progress("training", self.say), self.team)
+    if plan.average:
+        model.load_state_dict(mixed(plan.average, last, 1 - plan.average, model.state_dict()) | {name: self.loaded.initial[name] for name in self.loaded.still})
+    training.work += work
+    return training
 
 
-ActiveLearner._fit = _fit
+def _adapt(self: ActiveLearner, round: int, adapters: Weights | None = None) -> Training | None:
+    "Train adapters on the weights that the model has, or take these, and merge them."
+    plan, rows, training = self.plans[round], self._rows(round), None
+    adapted = Adapted(self.loaded, plan.rank, stream_seed(self.config.seed, "adapters", round))
+    if adapters:
+        adapted.load(adapters)
+    else:
+        config = replace(self.config, learning_rate=min(plan.rate * self.config.learning_rate, 1.0))
+        training = train(adapted.engine, self.tokens, rows, self.labels[rows], config, round, Progress("training", self.say))
+    self.adapters = adapted.state()
+    self.loaded.model.load_state_dict(adapted.merged())
+    return training
+
+
+def _vectors(self: ActiveLearner, round: int) -> Outputs:
+    "A vector of each text, from the encoder as it is in this round."
+    before = self._trained(round)
+    if not self.vectors or self.vectors[0] != before:
+        weights = [w.cpu().numpy().tobytes() for w in self.loaded.model.state_dict().values()] if before >= 0 else []
+        self.vectors = before, self._outputs(fingerprint(*weights) if weights else "first")
+    return self.vectors[1]
+
+
+ActiveLearner._fit, ActiveLearner._adapt, ActiveLearner._vectors = _fit, _adapt, _vectors
 
 
 def _score(self: ActiveLearner, rows: np.ndarray, tick: Progress, embeddings: bool = False, dropout: int | None = None) -> Scores:
-    "Score texts with the weights the model has."
+    "Score texts with the weights the model has, or by the head on their vectors."
+    if self.head:
+        vectors, head = self.vectors[1].of(rows), self.head[1]
+        return Scores(head(vectors), vectors if embeddings else None, Work(1, len(rows), flops=len(rows) * head.flops))
     self.team.order(self.engine, "score", rows=rows, embeddings=embeddings, dropout=dropout)
     return score(self.engine, self.tokens, rows, self.config.batch_tokens, embeddings, dropout, tick, self.team)
 
@@ -281,6 +418,7 @@ ActiveLearner._score = _score
 def help_out(self: ActiveLearner):
     "Train and score what the first process of the team orders, until it is done."
     tasks = {
+        "descend": lambda rows, labels, smoothing: smoothed_descent(self.engine, self.tokens, rows, labels, self.config, smoothing, self.team),
         "train": lambda rows, labels, round: train(self.engine, self.tokens, rows, labels, self.config, round, team=self.team),
         "score": lambda rows, embeddings, dropout: score(self.engine, self.tokens, rows, self.config.batch_tokens, embeddings, dropout, team=self.team),
     }
@@ -312,9 +450,7 @@ def _chosen(self: ActiveLearner, left: np.ndarray, n: int, round: int) -> np.nda
         return self.query(self._candidates(left, round), n)
 
     def compute() -> Made:
-        ids = left
-        if 0 < config.candidate_size < len(left):
-            ids = np.sort(draw(left, self.corpus.pool, config.candidate_size, config.seed, "candidates", round))
+        ids = self._nominated(left, round)
         self._restore(round - 1)
         with clock("score"):
             seen, work = self._look(ids, round)
@@ -328,8 +464,8 @@ def _chosen(self: ActiveLearner, left: np.ndarray, n: int, round: int) -> np.nda
     def parts() -> dict:
         ids = np.concatenate(self.bought)
         return {
-            "kind": "question", "round": round, "model": self.keys[-1], "query": config.query, "code": source_version(query, home, _chosen, _look, _candidates),
-            "n": n, "candidate_size": config.candidate_size, "left": hashed(left), "labeled": hashed(ids, self.labels[ids]), "seed": config.seed,
+            "kind": "question", "round": round, "model": self.keys[-1], "query": config.query, "code": source_version(query, home, _chosen, _nominated, _look, _candidates),
+            "n": n, "candidate_size": config.candidate_size, "candidates": config.candidates, "left": hashed(left), "labeled": hashed(ids, self.labels[ids]), "seed": config.seed,
             "n_passes": config.n_passes if "passes" in self.query.needs else 0, **library_versions(config.query),
         }  # fmt: skip
 
@@ -347,6 +483,17 @@ def hashed(
     return fingerprint(*(np.ascontiguousarray(array, dtype="<i8").tobytes() for array in arrays))
 
 
+def _nominated(self: ActiveLearner, left: np.ndarray, round: int) -> np.ndarray:
+    "The texts to score, ascending: all that are left, or `candidate_size` of them."
+    config, labeled = self.config, np.concatenate(self.bought)
+    if not 0 < config.candidate_size < len(left):
+        return left
+    if not self.around:
+        return np.sort(draw(left, self.corpus.pool, config.candidate_size, config.seed, "candidates", round))
+    rng = stream(config.seed, "anchors", round)
+    return np.sort(left[near_positives(self.around.of(left), self.around.of(labeled), self.labels[labeled], config.candidate_size, rng)])
+
+
 def _candidates(self: ActiveLearner, ids: np.ndarray, round: int, **seen: np.ndarray) -> Candidates:
     "What the query strategy gets to see."
     seed, labels = self.config.seed, self.labels[np.concatenate(self.bought)]
@@ -354,7 +501,7 @@ def _candidates(self: ActiveLearner, ids: np.ndarray, round: int, **seen: np.nda
     return Candidates(ids, labels, self.corpus.multilabel, chance, stream(seed, "query's own", round), **seen)
 
 
-ActiveLearner._candidates = _candidates
+ActiveLearner._nominated, ActiveLearner._candidates = _nominated, _candidates
 
 
 def _look(self: ActiveLearner, ids: np.ndarray, round: int) -> tuple[dict[str, np.ndarray], Work]:
@@ -427,6 +574,7 @@ def tell(
         del self.keys[round:]
         self.trigger, self.decided = before
         self.holds = None if self.holds == round else self.holds
+        self.head = None
         raise
     self.records.append(record)
     self.pending, self.asking, self.clock = None, {}, Clock()
@@ -438,8 +586,10 @@ ActiveLearner.tell = tell
 # %% ../nbs/11_loop.ipynb #195e8e01
 def _train_and_evaluate(self: ActiveLearner, round: int) -> Made:
     "What a round computes: weights, scores of the validation and the test set, and what they cost."
-    if self.plans[round].start != "fresh":
-        self._restore(round - 1)
+    plan = self.plans[round]
+    if plan.last or plan.head:
+        self._restore(self._trained(round - 1))
+    once = self._vectors(round) if plan.head else None
     model, before, clock = self.loaded.model, self.loaded.state(), Clock()
     try:
         with clock("train"):
@@ -449,10 +599,12 @@ def _train_and_evaluate(self: ActiveLearner, round: int) -> Made:
     except BaseException:
         model.load_state_dict(before)
         raise
-    self.holds = round
+    self.holds = self.holds if plan.head else round
     value = {"training": asdict(training), "evaluation": asdict(scores.work), "seconds": self.clock.seconds | clock.seconds}
+    if once:
+        value["vectors"] = {"work": asdict(once.work), "seconds": once.seconds}
     keeps = self.store and self.store.keep != "none"
-    return Made(value, {"logits": scores.logits}, model.state_dict() if keeps else None)
+    return Made(value, {"logits": scores.logits}, self._kept(round) if keeps else None)
 
 
 ActiveLearner._train_and_evaluate = _train_and_evaluate
@@ -517,10 +669,13 @@ def _record(self: ActiveLearner, made: Made, stop: Made | None, found: bool, swi
     compared["delta_f1"] = f1 - self.records[-1].val_macro_f1 if self.records else None
     self.trigger.observe(Observation(number, self.config.seed, f1, **compared))
     seen = Work(**made.value["evaluation"]) + (Work(**stop.value["work"]) if stop else Work())
-    work = {"train": training["work"], "score": self.asking.get("work", asdict(Work())), "eval": asdict(seen)}
+    once = self._once(number, made)
+    asked = sum((Work(**first["work"]) for first in once), Work(**self.asking.get("work", {})))
+    work = {"train": training["work"], "score": asdict(asked), "eval": asdict(seen)}
     counts = {f"{phase}_{name}": w[name] for phase, w in work.items() for name in ("texts", "tokens", "padded_tokens", "flops")}
     seconds = made.value["seconds"] | self.asking.get("seconds", {})
     seconds["evaluate"] += stop.value["seconds"]["evaluate"] if stop else 0
+    seconds["score"] = seconds.get("score", 0.0) + sum(first["seconds"] for first in once)
     n_labeled = int(sum(map(len, self.bought)))
     return RoundRecord(
         round=number, plan=self.plans[-1].name, n_labeled=n_labeled, n_charged=n_labeled + len(corpus.val) * (self.strategy.labels or corpus.multilabel),
@@ -532,7 +687,17 @@ def _record(self: ActiveLearner, made: Made, stop: Made | None, found: bool, swi
     )  # fmt: skip
 
 
-ActiveLearner._record = _record
+
+def _once(self: ActiveLearner, round: int, made: Made) -> list[dict]:
+    "Work and seconds of the passes over all texts of the run that this round is the first to need."
+    found = [{"work": asdict(once.work), "seconds": once.seconds} for once in (self.below, self.around) if once and not round]
+    earlier = [self._trained(r) for r in range(round) if self.plans[r].head]
+    if self.plans[round].head and self._trained(round) not in [*earlier, *[-1] * bool(self.around)]:
+        found.append(made.value["vectors"])
+    return found
+
+
+ActiveLearner._record, ActiveLearner._once = _record, _once
 
 # %% ../nbs/11_loop.ipynb #1b856340
 def _head(self: ActiveLearner) -> dict:
@@ -605,14 +770,31 @@ def close(self: ActiveLearner):
 ActiveLearner.close = close
 
 # %% ../nbs/11_loop.ipynb #3049950b
+def annotations(
+    corpus: Corpus,
+    noise: float,  # share of the pool that is answered wrongly, to the nearest text
+    seed: int,
+) -> np.ndarray:
+    "Labels of all texts as the simulated annotator gives them. A wrong answer is another class or, of several labels, one of them flipped, each as likely; it belongs to seed and text, and a larger share keeps the wrong answers of a smaller one."
+    pool, labels, n_labels = corpus.pool, corpus.labels.copy(), len(corpus.label_names)
+    wrong = draw(pool, pool, len(pool), seed, "wrong answers", 0)[: round(noise * len(pool))]
+    step = stream(seed, "how wrong").integers(not corpus.multilabel, n_labels, len(pool))[np.searchsorted(pool, wrong)]
+    if corpus.multilabel:
+        labels[wrong, step] = 1 - labels[wrong, step]
+    else:
+        labels[wrong] = (labels[wrong] + step) % n_labels
+    return labels
+
+
 def simulate(
     learner: ActiveLearner,
     on_round: Callable[[RoundRecord], None] = lambda record: None,  # called as each round ends
 ) -> list[RoundRecord]:
-    "Run the rounds of the learner's configuration with the corpus's own labels as the annotator."
+    "Run the rounds of the learner's configuration with the corpus's own labels as the annotator, `label_noise` of them wrong."
+    labels = annotations(learner.corpus, learner.config.label_noise, learner.config.seed)
     while len(learner.records) <= learner.config.n_rounds:
         ids = learner.ask()
-        on_round(learner.tell(ids, learner.corpus.labels[ids]))
+        on_round(learner.tell(ids, labels[ids]))
     return learner.records
 
 # %% ../nbs/11_loop.ipynb #7f9016ac
@@ -623,6 +805,7 @@ def run_summary(
     config, corpus, records = learner.config, learner.corpus, learner.records
     again = sum(training.work.flops for training in learner.trained_again)
     kinds = [("one-label", "several-labels")[corpus.multilabel], ("padded", "packed")[isinstance(learner.engine, Packed)], dtype := str(learner.loaded.dtype).removeprefix("torch.")]
+    kinds += ["freeze"] * (config.freeze > 0) + [config.candidates] * (config.candidates != "uniform")
     sizes = {f"n_{part}": len(getattr(corpus, part)) for part in ("pool", "val", "test")}
     return {
         "config": asdict(config),

@@ -6,9 +6,10 @@
 __all__ = ['NEEDS', 'QUERIES', 'top', 'lots', 'draw', 'Candidates', 'Query', 'query', 'query_for', 'random', 'least_confidence',
            'margin', 'least_margin', 'entropy', 'max_entropy', 'min_entropy', 'ranked', 'label_set_distance',
            'inconsistency', 'borda', 'cvirs', 'farthest_first', 'core_set', 'gradient_errors', 'spread_out', 'badge',
-           'query_table']
+           'near_positives', 'query_table']
 
 # %% ../nbs/07_query.ipynb #7352f5fe
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def lots(
     ids: np.ndarray,  # (n,) some of the pool
     pool: np.ndarray,  # (n_pool,) ids that get a number, ascending
     seed: int,
-    purpose: str,  # 'seed set', 'query', 'candidates' or 'stop set'
+    purpose: str,  # 'seed set', 'query', 'candidates', 'stop set' or 'wrong answers'
     round: int,
 ) -> np.ndarray:
     "(n,) a number from 0 to 1 for each of the ids, whichever others are asked for."
@@ -304,6 +305,29 @@ def badge(candidates: Candidates, n: int) -> np.ndarray:
     "Uncertain texts that differ from each other."
     errors = gradient_errors(candidates.probs, candidates.multilabel)
     return candidates.ids[spread_out(errors, candidates.embeddings, n, candidates.rng)]
+
+# %% ../nbs/07_query.ipynb #np000002
+def near_positives(
+    embeddings: np.ndarray,  # (n, d) of the texts without a label
+    labeled_embeddings: np.ndarray,  # (m, d)
+    labels: np.ndarray,  # (m,) classes, or (m, n_labels) zeros and ones
+    n_candidates: int,
+    rng: np.random.Generator,
+    n_anchors: int = 10,  # of each class or label, at the most
+) -> np.ndarray:
+    "Positions of `n_candidates` texts, all where there are fewer, in the order taken: each class or label in turn takes the text nearest to its anchors that is left, of equals the first; one without labelled texts has no turn. Uniform when none has a turn."
+    n, member = min(n_candidates, len(embeddings)), (labels if labels.ndim == 2 else labels[:, None] == np.unique(labels)).astype(bool)
+    unit = labeled_embeddings / np.maximum(np.linalg.norm(labeled_embeddings, axis=1, keepdims=True), 1e-12)
+    anchors = [unit[of][spread_out(np.ones((len(of), 1)), unit[of], min(n_anchors, len(of)), rng)] for of in map(np.flatnonzero, member.T) if len(of)]
+    if not anchors:
+        return rng.choice(len(embeddings), n, replace=False)
+    toward = np.stack([its.mean(0) for its in anchors])
+    cosines = embeddings @ toward.T / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)  # the mean over the anchors
+    nearest, taken = [iter(top(column, np.arange(len(embeddings)), n)) for column in cosines.round(6).T], {}  # copies are equals
+    for mine in itertools.cycle(nearest):
+        if len(taken) == n:
+            return np.array(list(taken), dtype=np.int64)
+        taken[next(i for i in mine if i not in taken)] = True
 
 # %% ../nbs/07_query.ipynb #5f000161
 def query_table() -> pd.DataFrame:

@@ -141,11 +141,12 @@ CHANGES = {  # module, old, new; golden runs to make; a run and a field that hav
     "dropout off": ("training", "engine(part, dropout)", "engine(part, None)", "retrain several", "retrain val_macro_f1", EVERYTHING),
     "another order of ids in a tie": ("query", "np.lexsort((ids, -values))", "np.lexsort((-ids, -values))", "ties fine-tune", "ties queried", EVERYTHING),
     "no warm-up": ("training", "rising = max(1, round(config.warmup * steps))", "rising = 1", "retrain several", "several train_loss", EVERYTHING),
-    "weights not loaded in fine-tune": ("encoder", "        if (previous, fresh) == (1, 0):\n            return\n", "        previous, fresh = (0, 1) if (previous, fresh) == (1, 0) else (previous, fresh)\n", "fine-tune retrain", "fine-tune train_loss", EVERYTHING),
+    "weights not loaded in fine-tune": ("weights", "\n    return encoder.model.state_dict()\n", "\n    return encoder.initial\n", "fine-tune retrain", "fine-tune train_loss", EVERYTHING),
     "another bootstrap seed": ("loop", '"bootstrap", round)', '"bootstrap", round + 1)', "retrain", "retrain delta_f1_interval", EVERYTHING),
     "thresholds from the test set": ("loop", "thresholds = tune_thresholds(val, truth)", "thresholds = tune_thresholds(test, corpus.labels[corpus.test])", "several retrain", "several val_macro_f1", EVERYTHING),
     "a validation id in the pool": ("corpus", "pool = train[~np.isin(keys[train], keys[val])]", "pool = train[~np.isin(keys[train], keys[val[1:]])]", "retrain", "retrain corpus", EVERYTHING),
     "charged labels miscounted": ("loop", "(self.strategy.labels or corpus.multilabel)", "self.strategy.labels", "several retrain", "several n_charged", EVERYTHING),
+    "answers that are all right": ("loop", "[: round(noise * len(pool))]", "[:0]", "wrong-answers retrain", "wrong-answers train_loss", EVERYTHING),
     "the head's FLOPs forgotten": ("engine", "block + 2 * d * d + last", "block + 2 * d * d", "retrain", "retrain train_flops", EVERYTHING),
 }  # fmt: skip
 

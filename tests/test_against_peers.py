@@ -17,7 +17,7 @@ from deltaf1_al.adapter import asked, positions, precomputed
 from deltaf1_al.config import UserError, construct
 from deltaf1_al.metrics import agreement, delta_f1_interval, macro_f1, report, tune_thresholds
 from deltaf1_al.query import QUERIES, Candidates, farthest_first, gradient_errors, spread_out
-from deltaf1_al.strategy import PLANS, strategy_of
+from deltaf1_al.strategy import PLANS, fine_tune, retrain, shrink_perturb, strategy_of
 from deltaf1_al.trigger import TRIGGERS, ClassificationChange, FixedRound, Kappa, Observation, Oracle, PredictedDeltaF1, SwitchBack, first_fire
 
 N_CASES = 200
@@ -543,31 +543,35 @@ def bits(weights):
     return {name: w.numpy().tobytes() for name, w in weights.items()}
 
 
+def begin(encoder, plan):
+    encoder.model.load_state_dict(plan.start.weights(encoder, {}))
+
+
 def test_shrink_and_perturb_is_its_formula():
     "λθ + pθ₀ to the last bit, with λ or p of 0 or 1 too; a count is no weight and goes back to its first value."
     for case, rng in enumerate(cases()):
-        previous, fresh = (rng.random(2) * 0.9 + 0.05).tolist()
-        edges = [(0.0, fresh), (1.0, fresh), (previous, 0.0), (previous, 1.0), (0.0, 0.0), (1.0, 1.0)]
-        previous, fresh = edges[case % 6] if case < N_CASES / 2 else (previous, fresh)
+        last, first = (rng.random(2) * 0.9 + 0.05).tolist()
+        edges = [(0.0, first), (1.0, first), (last, 0.0), (last, 1.0), (1.0, 1.0)]
+        last, first = edges[case % 5] if case < N_CASES / 2 else (last, first)
         encoder = two_layers(case)
         before = encoder.state()
-        encoder.reset(previous, fresh)
-        expected = {name: previous * before[name] + fresh * w if w.is_floating_point() else w for name, w in encoder.initial.items()}
+        begin(encoder, shrink_perturb(last, first))
+        expected = {name: last * before[name] + first * w if w.is_floating_point() else w for name, w in encoder.initial.items()}
         assert bits(encoder.state()) == bits(expected)
 
 
 def test_retraining_and_going_on_change_no_bit():
-    "(0, 1) gives the first weights even where training has ended in NaN, and (1, 0) the present ones."
+    "(0, 1) gives the first weights even where training has ended in NaN, as retraining does, and (1, 0) the last ones, as fine-tuning."
     for case in range(N_CASES):
         encoder = two_layers(case)
         before = bits(encoder.state())
-        encoder.reset(1.0, 0.0)
-        assert bits(encoder.state()) == before
-        next(encoder.model.parameters()).data.fill_(float("nan"))
-        encoder.reset(0.0, 1.0)
-        assert bits(encoder.state()) == bits(encoder.initial) != before
-        encoder.reset()
-        assert bits(encoder.state()) == bits(encoder.initial)
+        for plan in (shrink_perturb(1.0, 0.0), fine_tune()):
+            begin(encoder, plan)
+            assert bits(encoder.state()) == before
+        for plan in (shrink_perturb(0.0, 1.0), retrain()):
+            next(encoder.model.parameters()).data.fill_(float("nan"))
+            begin(encoder, plan)
+            assert bits(encoder.state()) == bits(encoder.initial) != before
 
 
 # Properties of the queries
@@ -767,7 +771,9 @@ def calls(draw, name, **arguments):
 OFFERED = dict(epsilon=(number(0, 1), False), k=(st.integers(1, 1000), False))  # the run has them
 PLAN_CALLS = {
     "shrink-perturb": dict(shrink=(number(0.1, 1), False), perturb=(number(0, 1), False)), "replay": dict(ratio=(number(0, 9), False)),
-    "retrain": {}, "fine-tune": {}, "new-only": {},
+    "retrain": {}, "fine-tune": {}, "new-only": {}, "fire": dict(iterations=(st.integers(1, 100), False)), "reinit-top": dict(layers=(st.integers(1, 1000), False)),
+    "dash": dict(floor=(number(0, 1), False), smoothing=(number(0.001, 1), False)), "average": dict(last=(number(0, 1), False)),
+    "frozen": dict(c=(number(1e-6, 1e6), False)), "lora": dict(rank=(st.integers(1, 1024), False), warm=(st.booleans(), False), rate=(number(0.01, 1000), False)),
 }  # fmt: skip
 TRIGGER_CALLS = {
     "never": {}, "delta_f1": OFFERED, "delta_f1_interval": OFFERED, "absolute_delta_f1": OFFERED, "relative_delta_f1": OFFERED, "predicted_delta_f1": OFFERED,
@@ -793,14 +799,14 @@ def test_plans_train_on_what_was_bought(plan, bought, seed):
     made = construct("strategy", plan[1], PLANS)
     ids = made.choose(bought, np.random.default_rng(seed)).tolist()
     assert len(set(ids)) == len(ids) and set(bought[-1].tolist()) <= set(ids) <= set(np.concatenate(bought).tolist())
-    if plan[0] in ("retrain", "fine-tune", "shrink-perturb"):
+    if plan[0] not in ("new-only", "replay"):
         assert ids == np.concatenate(bought).tolist()
 
 
 @modestly
 @given(a_plan, a_plan, a_trigger, trajectories(), purchases)
 def test_strategies_train_on_what_was_bought(before, after, trigger, run, bought):
-    "Whatever the trigger says: a round trains on ids bought by then, the newest among them, and the first is a retraining."
+    "Whatever the trigger says: a round trains on ids bought by then, the newest among them, and the first is a retraining, or what the first plan has in its place."
     try:
         strategy = strategy_of(f"{before[1]}>{after[1]}@{trigger[1]}", 0.01, 2)
     except UserError as e:
@@ -810,7 +816,9 @@ def test_strategies_train_on_what_was_bought(before, after, trigger, run, bought
         plan = strategy.plan(round, strategy.trigger.fired)
         ids = set(plan.choose(bought[: round + 1], np.random.default_rng(round)).tolist())
         assert set(bought[round].tolist()) <= ids <= set(np.concatenate(bought[: round + 1]).tolist())
-        assert plan.name == ("retrain" if round == 0 else strategy.after.name if strategy.trigger.fired else strategy.before.name)
+        first = before[0] if before[0] in ("frozen", "lora") else "retrain"
+        assert plan.name.split("(")[0] == (first if round == 0 else (strategy.after if strategy.trigger.fired else strategy.before).name.split("(")[0])
+        assert round or not plan.last
         strategy.trigger.observe(seen_now)
 
 
@@ -829,7 +837,9 @@ def test_valid_notation_is_read(before, after, trigger, back, epsilon, k):
     assert strategy.trigger == (SwitchBack(expected, **back[2]) if back else expected)
     assert (strategy.before.name, strategy.switches) == (alone.before.name, True) and strategy.after.name.startswith(after[0])
     if before[0] == "shrink-perturb":
-        assert (strategy.before.previous, strategy.before.fresh) == (before[2].get("shrink", 0.8), before[2].get("perturb", 0.2))
+        shrink, perturb = before[2].get("shrink", 0.8), before[2].get("perturb", 0.2)
+        plain = {(0, 1): "first", (1, 0): "last"}.get((shrink, perturb))
+        assert strategy.before.start.name == (plain or f"{float(shrink)!r} * last + {float(perturb)!r} * first")
     assert type(strategy_of(f"{before[1]}>{after[1]}", epsilon, k).trigger) is TRIGGERS["delta_f1"]
 
 

@@ -37,7 +37,7 @@ PARAMETERS = [
     (dict(n_initial=100, n_query=100, n_rounds=3, pool_size=300), "n_initial + n_rounds * n_query is 400; allowed is at most pool_size (300)"),
     (dict(n_initial=9000, pool_size=0), "n_initial + n_rounds * n_query is"),
     (dict(dataset="agnews"), "dataset is 'agnews'; allowed are docstrings, ag_news, imdb, jigsaw, a file, a folder or a hub id"),
-    (dict(strategy="finetune"), "strategy is 'finetune'; allowed are retrain, fine-tune, new-only, shrink-perturb, replay, hybrid, or two plans and a trigger"),
+    (dict(strategy="finetune"), "strategy is 'finetune'; allowed are retrain, fine-tune, new-only, shrink-perturb, replay, fire, dash, reinit-top, average, frozen, lora, hybrid, or two plans and a trigger"),
     (dict(strategy="retrain>replay@kapa(0.9)"), "trigger is 'kapa'; allowed are never, delta_f1, delta_f1_interval"),
     (dict(strategy="retrain>replay@kappa(0.9"), "trigger is 'kappa(0.9'; allowed is one of never, delta_f1"),
     (dict(strategy="retrain>replay@kappa(9)"), "threshold is 9.0; allowed is 0 to 1"),
